@@ -1,0 +1,144 @@
+"""Coupling layers: one half of the dimensions moves, by a map whose parameters the other half sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from openmm_bg.flows.base import Transform, wrap
+from openmm_bg.flows.networks import fourier_features, perceptron
+from openmm_bg.flows.spline import circular_parameters, circular_spline, interval_parameters, interval_spline
+
+
+def alternating_masks(dimension: int, layers: int, generator: torch.Generator) -> list[Tensor]:
+    """Random halves, each followed by its complement; ``(dimension,)`` bool tensors, True where a layer moves."""
+    masks: list[Tensor] = []
+    while len(masks) < layers:
+        order = torch.randperm(dimension, generator=generator)
+        mask = torch.zeros(dimension, dtype=torch.bool)
+        mask[order[: (dimension + 1) // 2]] = True
+        masks += [mask, ~mask]
+    return masks[:layers]
+
+
+def _halves(moved: Tensor) -> tuple[Tensor, Tensor]:
+    moved = torch.as_tensor(moved, dtype=torch.bool)
+    if moved.ndim != 1 or not moved.any():
+        raise ValueError("a coupling needs a vector of bools that marks at least one dimension as moved")
+    return moved.nonzero()[:, 0], (~moved).nonzero()[:, 0]
+
+
+class AffineCoupling(Transform):
+    """RealNVP: y_moved = z_moved exp(s) + t with s, t functions of the rest (Dinh et al., 2017).
+
+    The log-scale is ``2 tanh(s / 2)``: a layer can stretch by e^2 at most, which keeps a deep flow invertible in float32.
+
+    Parameters
+    ----------
+    moved : Tensor of bool, (dimension,)
+    context_dimension : int
+    hidden : sequence of int
+    """
+
+    def __init__(self, moved: Tensor, context_dimension: int = 0, hidden: Sequence[int] = (128, 128)):
+        super().__init__(len(moved), context_dimension)
+        move, keep = _halves(moved)
+        self.register_buffer("move", move, persistent=False)
+        self.register_buffer("keep", keep, persistent=False)
+        order = torch.argsort(torch.cat([move, keep]))
+        self.register_buffer("restore", order, persistent=False)
+        self.network = perceptron(len(keep) + context_dimension, hidden, 2 * len(move))
+
+    def _scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        inputs = kept if context is None else torch.cat([kept, context], -1)
+        log_scale, shift = self.network(inputs).chunk(2, -1)
+        return 2 * torch.tanh(log_scale / 2), shift
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        moved, kept = z[:, self.move], z[:, self.keep]
+        log_scale, shift = self._scale_and_shift(kept, context)
+        y = torch.cat([moved * log_scale.exp() + shift, kept], -1)
+        return y[:, self.restore], log_scale.sum(-1)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        moved, kept = y[:, self.move], y[:, self.keep]
+        log_scale, shift = self._scale_and_shift(kept, context)
+        z = torch.cat([(moved - shift) * (-log_scale).exp(), kept], -1)
+        return z[:, self.restore], -log_scale.sum(-1)
+
+
+class SplineCoupling(Transform):
+    """Rational-quadratic spline coupling; each dimension lies on the real line or on the circle.
+
+    Parameters
+    ----------
+    moved : Tensor of bool, (dimension,)
+    circular : Tensor of bool, (dimension,)
+        True for angles in [-pi, pi); they enter the network as cos and sin and move by a spline of the circle and a turn.
+    context_dimension, bins, bound, hidden
+        Splines have ``bins`` bins, on [-bound, bound] for the dimensions that are not circular.
+    """
+
+    def __init__(
+        self,
+        moved: Tensor,
+        circular: Tensor,
+        context_dimension: int = 0,
+        *,
+        bins: int = 12,
+        bound: float = 6.0,
+        hidden: Sequence[int] = (128, 128),
+        order: int = 3,
+    ):
+        super().__init__(len(moved), context_dimension)
+        if len(circular) != len(moved):
+            raise ValueError("circular and moved must have one entry per dimension")
+        circular = torch.as_tensor(circular, dtype=torch.bool)
+        move, keep = _halves(moved)
+        self.bins, self.bound, self.order = bins, bound, order
+        for name, index in {
+            "move_real": move[~circular[move]],
+            "move_circular": move[circular[move]],
+            "keep_real": keep[~circular[keep]],
+            "keep_circular": keep[circular[keep]],
+        }.items():
+            self.register_buffer(name, index, persistent=False)
+        real, turning = len(self.move_real), len(self.move_circular)
+        self._sizes = [real * interval_parameters(bins), turning * circular_parameters(bins), turning]
+        inputs = len(self.keep_real) + 2 * order * len(self.keep_circular) + context_dimension
+        self.network = perceptron(inputs, hidden, sum(self._sizes))
+
+    def _parameters_of(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = [y[:, self.keep_real], fourier_features(y[:, self.keep_circular], self.order)]
+        if context is not None:
+            inputs.append(context)
+        real, turning, shift = self.network(torch.cat(inputs, -1)).split(self._sizes, -1)
+        return (
+            real.unflatten(-1, (len(self.move_real), interval_parameters(self.bins))),
+            turning.unflatten(-1, (len(self.move_circular), circular_parameters(self.bins))),
+            shift,
+        )
+
+    def _apply_to(self, y: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        real, turning, shift = self._parameters_of(y, context)
+        out = y.clone()
+        # the spline itself runs from samples to latents, see openmm_bg.flows.spline
+        moved, log_real = interval_spline(y[:, self.move_real], real, self.bound, inverse=not inverse)
+        out[:, self.move_real] = moved
+        angle = y[:, self.move_circular]
+        ones = torch.ones_like(angle[0] if len(angle) else shift.new_zeros(shift.shape[-1]))
+        if inverse:
+            moved, log_turn = circular_spline(wrap(angle - shift), turning, ones)
+        else:
+            moved, log_turn = circular_spline(wrap(angle), turning, ones, inverse=True)
+            moved = wrap(moved + shift)
+        out[:, self.move_circular] = moved
+        return out, log_real.sum(-1) + log_turn.sum(-1)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(z, context, inverse=False)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(y, context, inverse=True)

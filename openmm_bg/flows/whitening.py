@@ -1,0 +1,97 @@
+"""Linear maps fixed by data, and affine maps set by a context: what takes stiff coordinates to near-normal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from openmm_bg.flows.base import Transform
+from openmm_bg.flows.networks import perceptron
+
+
+class ConditionalWhitening(Transform):
+    """``y = c_0 + context c + W z``: a linear regression on the context and the square root of the residual covariance.
+
+    Both are found once from data (or set from a reference point) and are not trained. W is the symmetric (ZCA) root, which
+    keeps every latent close to the coordinate it stands for.
+
+    Parameters
+    ----------
+    dimension, context_dimension : int
+    """
+
+    def __init__(self, dimension: int, context_dimension: int = 0):
+        super().__init__(dimension, context_dimension)
+        self.register_buffer("mean", torch.zeros(dimension))
+        self.register_buffer("slope", torch.zeros(context_dimension, dimension))
+        self.register_buffer("root", torch.eye(dimension))
+        self.register_buffer("inverse_root", torch.eye(dimension))
+        self.register_buffer("log_det", torch.zeros(()))
+
+    @torch.no_grad()
+    def set_scales(self, mean: Tensor, scales: Tensor) -> None:
+        """A fixed mean and independent scales, both ``(dimension,)``."""
+        self._set(mean, torch.zeros_like(self.slope), torch.diag(scales.square()))
+
+    @torch.no_grad()
+    def fit(self, y: Tensor, context: Tensor | None = None, *, ridge: float = 1e-3) -> None:
+        """Regression and residual covariance of samples ``(n, dimension)``, in float64 whatever the module's dtype.
+
+        ``ridge`` is relative to the variance of the features: it keeps rarely visited contexts from being extrapolated.
+        """
+        y = y.double()
+        mean, slope = y.mean(0), self.slope.double()
+        if context is not None:
+            features = context.double()
+            centre = features.mean(0)
+            centred = features - centre
+            gram = centred.T @ centred / len(y) + ridge * torch.eye(len(centre), dtype=y.dtype)
+            slope = torch.linalg.solve(gram, centred.T @ (y - mean) / len(y))
+            mean = mean - centre @ slope
+            residual = y - mean - features @ slope
+        else:
+            residual = y - mean
+        covariance = residual.T @ residual / len(y)
+        # a coordinate without spread in the data still needs an invertible scale
+        floor = 1e-6 * covariance.diagonal().clamp(min=1e-10)
+        self._set(mean, slope, covariance + torch.diag(floor))
+
+    def _set(self, mean: Tensor, slope: Tensor, covariance: Tensor) -> None:
+        values, vectors = torch.linalg.eigh(covariance.double())
+        roots = values.clamp(min=values.max() * 1e-14).sqrt()
+        self.mean.copy_(mean)
+        self.slope.copy_(slope)
+        self.root.copy_((vectors * roots) @ vectors.T)
+        self.inverse_root.copy_((vectors / roots) @ vectors.T)
+        self.log_det.copy_(roots.log().sum())
+
+    def _centre(self, context: Tensor | None) -> Tensor:
+        return self.mean if context is None else self.mean + context @ self.slope
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._centre(context) + z @ self.root, self.log_det.expand(len(z))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (y - self._centre(context)) @ self.inverse_root, -self.log_det.expand(len(y))
+
+
+class ConditionalAffine(Transform):
+    """``y = z exp(s) + t`` with s and t functions of the context alone; ``|s| <= 2``."""
+
+    def __init__(self, dimension: int, context_dimension: int, hidden: Sequence[int] = (128, 128)):
+        super().__init__(dimension, context_dimension)
+        self.network = perceptron(context_dimension, hidden, 2 * dimension)
+
+    def _scale_and_shift(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self.network(z[:, :0] if context is None else context).chunk(2, -1)
+        return 2 * torch.tanh(log_scale / 2), shift
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._scale_and_shift(z, context)
+        return z * log_scale.exp() + shift, log_scale.sum(-1)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._scale_and_shift(y, context)
+        return (y - shift) * (-log_scale).exp(), -log_scale.sum(-1)

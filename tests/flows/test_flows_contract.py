@@ -1,0 +1,335 @@
+"""One contract for every invertible map, one for every density."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+from openmm_bg.flows import (
+    AffineCoupling,
+    AffineTorsions,
+    AutoregressiveSpline,
+    Base,
+    Composition,
+    ConditionalAffine,
+    ConditionalWhitening,
+    Flow,
+    MolecularFlow,
+    RealNVP,
+    SplineCoupling,
+    SplineFlow,
+    SplineTorsions,
+    circular_spline,
+    wrap,
+)
+
+MOVED = torch.tensor([True, False, True, False, True])
+CIRCULAR = torch.tensor([True, False, False, True, True])
+
+
+def whitening(context: int) -> ConditionalWhitening:
+    transform = ConditionalWhitening(5, context).double()
+    rng = torch.Generator().manual_seed(3)
+    y = torch.randn(200, 5, generator=rng, dtype=torch.float64) @ torch.randn(5, 5, generator=rng, dtype=torch.float64)
+    transform.fit(y, torch.randn(200, context, generator=rng, dtype=torch.float64) if context else None)
+    return transform
+
+
+# name: (transform, which dimensions are angles, whether untrained means identity)
+TRANSFORMS = {
+    "affine": lambda: (AffineCoupling(MOVED), [False] * 5, True),
+    "affine with context": lambda: (AffineCoupling(MOVED, 4), [False] * 5, True),
+    "affine without condition": lambda: (AffineCoupling(torch.ones(5).bool()), [False] * 5, True),
+    "spline, all real": lambda: (SplineCoupling(MOVED, torch.zeros(5).bool()), [False] * 5, True),
+    "spline, all circular": lambda: (SplineCoupling(MOVED, torch.ones(5).bool()), [True] * 5, True),
+    "spline, mixed": lambda: (SplineCoupling(MOVED, CIRCULAR, 4), CIRCULAR.tolist(), True),
+    "autoregressive": lambda: (AutoregressiveSpline([1, 3, 1, 2, 1]), [True] * 5, True),
+    "conditional affine": lambda: (ConditionalAffine(5, 4), [False] * 5, True),
+    "whitening": lambda: (whitening(0), [False] * 5, False),
+    "conditional whitening": lambda: (whitening(4), [False] * 5, False),
+    "composition": lambda: (
+        Composition([AffineCoupling(MOVED, 4), AffineCoupling(~MOVED), ConditionalAffine(5, 4)]), [False] * 5, True,
+    ),
+}  # fmt: skip
+
+
+def disturb(module: torch.nn.Module, seed: int = 0, size: float = 0.3) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data += size * torch.randn(parameter.shape, generator=rng, dtype=parameter.dtype)
+
+
+@pytest.fixture(params=TRANSFORMS, ids=list(TRANSFORMS))
+def case(request):
+    transform, circular, identity = TRANSFORMS[request.param]()
+    transform = transform.double()
+    rng = torch.Generator().manual_seed(1)
+    z = Base(circular).double().sample(40, rng)
+    context = None
+    if transform.context_dimension:
+        context = torch.randn(40, transform.context_dimension, generator=rng, dtype=torch.float64)
+    return transform, z, context, torch.tensor(circular), identity
+
+
+def test_untrained_transform_is_the_identity(case):
+    transform, z, context, _, identity = case
+    if not identity:
+        pytest.skip("set by data, never the identity")
+    y, log_det = transform(z, context)
+    torch.testing.assert_close(y, z, atol=1e-12, rtol=0)
+    torch.testing.assert_close(log_det, torch.zeros(40, dtype=z.dtype), atol=1e-12, rtol=0)
+
+
+def test_round_trip(case):
+    transform, z, context, circular, _ = case
+    disturb(transform)
+    y, forward = transform(z, context)
+    back, inverse = transform.inverse(y, context)
+    difference = torch.where(circular, wrap(back - z), back - z)
+    assert difference.abs().max() < 1e-9
+    assert (forward + inverse).abs().max() < 1e-9
+    assert not torch.allclose(y, z), "a disturbed transform must move something"
+
+
+def test_log_determinant_is_autograds(case):
+    transform, z, context, _, _ = case
+    disturb(transform)
+    for row in range(3):
+        given = None if context is None else context[row : row + 1]
+
+        def one(v, given=given):
+            return transform(v[None], given)[0][0]
+
+        def back(v, given=given):
+            return transform.inverse(v[None], given)[0][0]
+
+        for function, method, point in (
+            (one, transform, z[row]),
+            (back, transform.inverse, one(z[row]).detach()),
+        ):
+            jacobian = torch.autograd.functional.jacobian(function, point)
+            expected = torch.linalg.slogdet(jacobian)[1]
+            torch.testing.assert_close(method(point[None], given)[1][0], expected, atol=1e-9, rtol=1e-9)
+
+
+def test_gradients_reach_every_parameter(case):
+    transform, z, context, _, _ = case
+    disturb(transform)
+    if not list(transform.parameters()):
+        pytest.skip("nothing to train")
+    weights = torch.randn(z.shape, generator=torch.Generator().manual_seed(5), dtype=z.dtype)
+    y, log_det = transform(z, context)
+    ((y * weights).sum() + log_det.sum()).backward()
+    for name, parameter in transform.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("pattern", list(itertools.product([False, True], repeat=3)))
+def test_every_pattern_of_circular_channels(pattern):
+    """A spline of another library split its parameters by the wrong count here."""
+    circular = torch.tensor(pattern)
+    for moved in itertools.product([False, True], repeat=3):
+        if not any(moved):
+            continue
+        layer = SplineCoupling(torch.tensor(moved), circular, hidden=(8,)).double()
+        disturb(layer)
+        z = Base(pattern).double().sample(10, torch.Generator().manual_seed(2))
+        y, log_det = layer(z)
+        expected = torch.stack(
+            [
+                torch.linalg.slogdet(torch.autograd.functional.jacobian(lambda v, layer=layer: layer(v[None])[0][0], row))[1]
+                for row in z
+            ]
+        )
+        torch.testing.assert_close(log_det, expected, atol=1e-9, rtol=1e-9)
+        kept = [i for i in range(3) if not moved[i]]
+        assert torch.equal(y[:, kept], z[:, kept])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_angle_falls_between_bins(dtype):
+    rng = torch.Generator().manual_seed(0)
+    parameters = 3 * torch.randn(1, 4, 36, generator=rng, dtype=dtype).expand(200001, -1, -1)
+    grid = torch.linspace(-math.pi, math.pi, 200001, dtype=dtype)[:, None].expand(-1, 4)
+    ones = torch.ones(4, dtype=dtype)
+    for inverse in (False, True):
+        y, log_derivative = circular_spline(grid, parameters, ones, inverse=inverse)
+        assert torch.isfinite(y).all() and torch.isfinite(log_derivative).all()
+        if dtype == torch.float64:
+            assert (y.diff(dim=0) > -1e-9).all(), "monotone"
+
+
+def test_a_rotor_has_its_symmetry_exactly():
+    flow = SplineTorsions([1, 3]).double()
+    disturb(flow)
+    t, log_prob = flow.sample(50, torch.Generator().manual_seed(0))
+    turned = t.clone()
+    turned[:, 1] = wrap(t[:, 1] + 2 * math.pi / 3)
+    torch.testing.assert_close(flow.log_prob(turned), log_prob, atol=1e-6, rtol=0)
+    turned[:, 0] = wrap(t[:, 0] + 2 * math.pi / 3)
+    assert (flow.log_prob(turned) - log_prob).abs().max() > 0.1
+
+
+def molecular(kind: str) -> MolecularFlow:
+    flow = MolecularFlow(
+        7, torsions=[4, 5], rotors={5: (3, 6)}, stiff_torsions=[3, 6], torsion_model=kind, layers=4, hidden=16
+    ).double()
+    rng = torch.Generator().manual_seed(4)
+    centre = torch.tensor([0.1, 1.9, 0.15, 2.1, 0.0, 1.0, -2.1], dtype=torch.float64)
+    flow.initialize(centre + 0.1 * torch.randn(300, 7, generator=rng, dtype=torch.float64))
+    return flow
+
+
+# name: (flow, volume of the box to integrate over)
+FLOWS = {
+    "realnvp": lambda: RealNVP(2, layers=4, hidden=(16,)).double(),
+    "spline": lambda: SplineFlow([False, True], layers=4, hidden=(16,)).double(),
+    "torus": lambda: SplineTorsions([1, 3], hidden=8).double(),
+    "affine torus": lambda: AffineTorsions(
+        [1, 3], layers=4, hidden=(16,), generator=torch.Generator().manual_seed(0)
+    ).double(),
+    "molecular spline": lambda: molecular("spline"),
+    "molecular realnvp": lambda: molecular("realnvp"),
+}
+
+
+@pytest.fixture(params=FLOWS, ids=list(FLOWS))
+def flow(request):
+    flow = FLOWS[request.param]()
+    disturb(flow, size=0.2)
+    return flow
+
+
+def test_sample_and_log_prob_agree(flow):
+    for broadened in (False, True):
+        y, log_prob = flow.sample(400, torch.Generator().manual_seed(0), broadened=broadened)
+        torch.testing.assert_close(flow.log_probs(y)[int(broadened)], log_prob, atol=1e-6, rtol=0)
+
+
+def test_a_seed_reproduces_samples(flow):
+    first = flow.sample(20, torch.Generator().manual_seed(7))[0]
+    again = flow.sample(20, torch.Generator().manual_seed(7))[0]
+    other = flow.sample(20, torch.Generator().manual_seed(8))[0]
+    assert torch.equal(first.nan_to_num(), again.nan_to_num()) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_have_no_density(flow, bad):
+    y, log_prob = flow.sample(6, torch.Generator().manual_seed(0))
+    y[2, 0] = bad
+    got = flow.log_prob(y)
+    assert got[2] == -math.inf
+    keep = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(got[keep], log_prob[keep], atol=1e-6, rtol=0)
+
+
+def test_deep_copies_and_dtypes(flow):
+    copied = copy.deepcopy(flow)
+    y, log_prob = flow.sample(50, torch.Generator().manual_seed(0))
+    assert torch.equal(copied.log_prob(y), flow.log_prob(y))
+    single = copied.float()
+    finite = torch.isfinite(log_prob)
+    error = (single.log_prob(y.float()).double() - log_prob)[finite].abs()
+    assert error.median() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["realnvp", "spline", "torus", "affine torus"])
+@pytest.mark.parametrize("broadened", [False, True])
+def test_densities_integrate_to_one(name, broadened):
+    """Independent of the sampler: a sum over a grid."""
+    flow = FLOWS[name]()
+    disturb(flow, size=0.15)
+    torus = name in ("torus", "affine torus")
+    reach = [math.pi, math.pi] if torus else ([60.0, math.pi] if name == "spline" else [60.0, 60.0])
+    axes = [torch.linspace(-r, r, 801, dtype=torch.float64)[:-1] + r / 800 for r in reach]
+    grid = torch.cartesian_prod(*axes)
+    cell = 4 * reach[0] * reach[1] / 800**2
+    with torch.no_grad():
+        total = sum(flow.log_probs(part)[int(broadened)].exp().sum() for part in grid.split(50000)) * cell
+    # the affine torus loses what falls outside one turn; it may never exceed one
+    if name == "affine torus":
+        draws = flow.rsample(100000, torch.Generator().manual_seed(0), broadened=broadened)
+        inside = torch.isfinite(draws).all(-1).double().mean()
+        assert abs(total - inside) < 0.01
+    else:
+        assert abs(total - 1) < 5e-3
+
+
+@pytest.mark.parametrize("kind", ["spline", "realnvp"])
+def test_molecular_flow_follows_its_own_density(kind):
+    """Draws against density by importance: E_broad[q / q_broad] = mass of q inside the support."""
+    flow = molecular(kind)
+    disturb(flow, size=0.1)
+    y, _ = flow.sample(40000, torch.Generator().manual_seed(1), broadened=True)
+    plain, broad = flow.log_probs(y)
+    ratio = torch.where(torch.isfinite(broad), (plain - broad).exp(), 0.0)
+    mass = torch.isfinite(flow.sample(40000, torch.Generator().manual_seed(2))[1]).double().mean()
+    assert abs(ratio.mean() - mass) < 4 * ratio.std() / 200 + 0.01
+
+
+def test_molecular_chart_is_a_shear():
+    flow = molecular("spline")
+    q = flow.sample(20, torch.Generator().manual_seed(0))[0]
+    t, y = flow.chart.split(q)
+    assert wrap(flow.chart.join(t, y) - q).abs().max() < 1e-12
+
+    def chart(v):
+        return torch.cat([part[0] for part in flow.chart.split(v[None])])
+
+    jacobian = torch.autograd.functional.jacobian(chart, q[0])
+    assert abs(torch.linalg.slogdet(jacobian)[1]) < 1e-12
+
+
+def test_relabelling_a_rotor_turns_its_torsion_by_a_third():
+    flow = molecular("spline")
+    q = torch.tensor([[0.1, 1.9, 0.15, 2.0, 0.3, 1.0, -2.2]], dtype=torch.float64)
+    first, second, third = q[0, 5], q[0, 5] + q[0, 3], q[0, 5] + q[0, 6]
+    relabelled = q.clone()
+    # the second hydrogen becomes the first, the third the second, the first the third
+    relabelled[0, 5] = wrap(second)
+    relabelled[0, 3] = wrap(third - second)
+    relabelled[0, 6] = wrap(first - second)
+    before, after = flow.chart.split(q)[0], flow.chart.split(relabelled)[0]
+    torch.testing.assert_close(wrap(3 * before[:, 1]), wrap(3 * after[:, 1]))
+    torch.testing.assert_close(flow.log_prob_torsions(before), flow.log_prob_torsions(after))
+
+
+def test_a_stiff_torsion_may_not_leave_its_turn():
+    flow = molecular("spline")
+    t = torch.zeros(2, 2, dtype=torch.float64)
+    y = torch.zeros(2, 5, dtype=torch.float64)
+    y[1, flow.chart.periodic.nonzero()[0, 0]] = 3.5
+    joined = flow.chart.join(t, y)
+    assert torch.isfinite(joined[0]).all() and torch.isnan(joined[1]).all()
+
+
+def test_config_rebuilds_the_architecture():
+    for flow in (molecular("spline"), molecular("realnvp"), FLOWS["realnvp"](), FLOWS["spline"]()):
+        disturb(flow)
+        again = type(flow).from_config(flow.config()).double()
+        again.load_state_dict(flow.state_dict())
+        y, log_prob = flow.sample(20, torch.Generator().manual_seed(0))
+        assert torch.equal(again.log_prob(y), flow.log_prob(y))
+        assert torch.equal(again.sample(20, torch.Generator().manual_seed(0))[1], log_prob)
+
+
+def test_flow_learns_a_gaussian():
+    flow = Flow(
+        Base([False] * 2),
+        Composition([AffineCoupling(torch.tensor([True, False])), AffineCoupling(torch.tensor([False, True]))]),
+    )
+    rng = torch.Generator().manual_seed(0)
+    data = torch.randn(2000, 2, generator=rng) @ torch.tensor([[1.0, 0.8], [0.0, 0.6]])
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = -flow.log_prob(data).mean()
+        loss.backward()
+        optimizer.step()
+    entropy = math.log(2 * math.pi * math.e) + math.log(0.6)
+    assert abs(loss.item() - entropy) < 0.05
