@@ -1,0 +1,71 @@
+"""What a person looks at: distances with floors, free energies, figures, report. Takes arrays alone."""
+
+from openmm_bg.analysis.compare import Comparison, PopulationPair, compare
+from openmm_bg.analysis.dihedrals import Backbone, backbone_dihedrals
+from openmm_bg.analysis.distances import Distance, energy_w2, measure, torus_w2, total_variation
+from openmm_bg.analysis.formatting import format_value
+from openmm_bg.analysis.free_energy import (
+    BASINS,
+    Basin,
+    Population,
+    Profile,
+    free_energy_profile,
+    populations,
+)
+from openmm_bg.analysis.plots import energy_histograms, log_weight_histogram, phi_profile, ramachandran_maps
+from openmm_bg.analysis.plots_runs import Chain, acceptance_trace, indicator_autocorrelation, training_curves
+from openmm_bg.analysis.report import Card, Figure, Status, Summary, Table, report
+from openmm_bg.analysis.statistics import (
+    autocorrelation,
+    block_bootstrap,
+    block_count,
+    block_error,
+    block_means,
+    effective_sample_size,
+    standard_error,
+    statistical_inefficiency,
+)
+from openmm_bg.analysis.style import to_svg
+
+__all__ = [
+    "BASINS",
+    "Backbone",
+    "Basin",
+    "Card",
+    "Chain",
+    "Comparison",
+    "Distance",
+    "Figure",
+    "Population",
+    "PopulationPair",
+    "Profile",
+    "Status",
+    "Summary",
+    "Table",
+    "acceptance_trace",
+    "autocorrelation",
+    "backbone_dihedrals",
+    "block_bootstrap",
+    "block_count",
+    "block_error",
+    "block_means",
+    "compare",
+    "effective_sample_size",
+    "energy_histograms",
+    "energy_w2",
+    "format_value",
+    "free_energy_profile",
+    "indicator_autocorrelation",
+    "log_weight_histogram",
+    "measure",
+    "phi_profile",
+    "populations",
+    "ramachandran_maps",
+    "report",
+    "standard_error",
+    "statistical_inefficiency",
+    "to_svg",
+    "torus_w2",
+    "total_variation",
+    "training_curves",
+]

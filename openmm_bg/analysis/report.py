@@ -1,0 +1,164 @@
+"""One page that says what came out: a single HTML file without scripts, network or neighbours."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from openmm_bg.analysis import page
+from openmm_bg.analysis.style import prefix_ids
+from openmm_bg.errors import InputError
+
+
+class Status(Enum):
+    """How a verdict is meant, told by colour and by word."""
+
+    GOOD = "Passed"
+    CAUTION = "With care"
+    BAD = "Failed"
+    NEUTRAL = "Result"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One figure that matters, such as ``Card("Acceptance", "36 %", "of 8000 proposals")``."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The head of a report.
+
+    Attributes
+    ----------
+    verdict : str
+        One sentence.
+    status : Status
+    text : str
+        A paragraph of context; may be empty.
+    cards : sequence of Card
+        Four or so.
+    """
+
+    verdict: str
+    status: Status = Status.NEUTRAL
+    text: str = ""
+    cards: Sequence[Card] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure with its caption.
+
+    Attributes
+    ----------
+    title, caption : str
+    svg : str
+        One inline ``<svg>`` element: :func:`openmm_bg.analysis.to_svg`. It is not escaped; draw it yourself.
+    wide : bool
+        Takes the full width of the page.
+    """
+
+    title: str
+    svg: str
+    caption: str = ""
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text; numbers come through :func:`openmm_bg.analysis.format_value`.
+
+    Attributes
+    ----------
+    title, caption : str
+    columns : sequence of str
+    rows : sequence of sequences of str
+        As long as columns. The first cell heads its row.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+def report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    summary: Summary,
+    figures: Sequence[Figure] = (),
+    tables: Sequence[Table] = (),
+    notes: Sequence[str] = (),
+    provenance: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a report: verdict, key figures, figures, tables, limits, provenance.
+
+    The file appears whole or not at all: it is written beside its place and then moved there.
+
+    Parameters
+    ----------
+    path : path
+        Of the HTML file, in a folder that exists.
+    title : str
+    summary : Summary
+    figures : sequence of Figure
+    tables : sequence of Table
+    notes : sequence of str
+        What a reader must know to not believe too much; a paragraph each.
+    provenance : mapping of str to str, optional
+        Versions, seeds, command, hash of the System.
+
+    Returns
+    -------
+    Path
+        Where it lies.
+
+    Examples
+    --------
+    >>> report("report.html", title="Alanine dipeptide", summary=Summary("It works."))    # doctest: +SKIP
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise InputError(f"The folder {target.parent} does not exist; make it before writing the report.")
+    for table in tables:
+        if any(len(row) != len(table.columns) for row in table.rows):
+            raise InputError(f"A row of the table {table.title!r} does not have its {len(table.columns)} cells.")
+    for figure in figures:
+        if not (figure.svg.startswith("<svg") and figure.svg.endswith("</svg>")):
+            raise InputError(f"The figure {figure.title!r} is not one <svg> element; make it with to_svg.")
+    body = [page.head(title, summary.verdict, summary.status.name.lower(), summary.status.value, summary.text)]
+    body.append(page.cards([(card.label, card.value, card.note) for card in summary.cards]))
+    drawn = [
+        # numbered anew, so that even one figure shown twice has two sets of ids
+        page.figure(number, f.title, prefix_ids(f.svg, f"f{number}"), f.caption, wide=f.wide)
+        for number, f in enumerate(figures, 1)
+    ]
+    body.append(page.section("figures", "Figures", drawn, grid=True))
+    body.append(page.section("numbers", "Numbers", [page.table(t.title, t.columns, t.rows, t.caption) for t in tables]))
+    body.append(page.section("limits", "Limits", [page.notes(notes)] if notes else []))
+    body.append(page.section("provenance", "Provenance", [page.definitions(provenance)] if provenance else []))
+    _write(target, page.document(title, "\n".join(part for part in body if part)))
+    return target
+
+
+def _write(target: Path, text: str) -> None:
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp's own 0600 would hide the page from others
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
