@@ -1,0 +1,51 @@
+"""The acceptance rule, weighted samples, and the one implementation of molecular dynamics and replica exchange."""
+
+from openmm_bg.sampling.bursts import bursts
+from openmm_bg.sampling.dynamics import Trajectory, fastest_platform, simulate
+from openmm_bg.sampling.metropolis import (
+    Attempt,
+    IndependenceProposals,
+    independence_acceptance,
+    independence_chain,
+    log_acceptance,
+)
+from openmm_bg.sampling.replica_exchange import (
+    ReplicaExchange,
+    ReplicaExchangeResult,
+    geometric_temperatures,
+    replica_exchange,
+)
+from openmm_bg.sampling.reweighting import (
+    EffectiveSampleSize,
+    Estimate,
+    effective_sample_size,
+    forward_effective_sample_size,
+    largest_log_ratio,
+    log_normalizer,
+    resample,
+    reweighted_mean,
+)
+
+__all__ = [
+    "Attempt",
+    "EffectiveSampleSize",
+    "Estimate",
+    "IndependenceProposals",
+    "ReplicaExchange",
+    "ReplicaExchangeResult",
+    "Trajectory",
+    "bursts",
+    "effective_sample_size",
+    "fastest_platform",
+    "forward_effective_sample_size",
+    "geometric_temperatures",
+    "independence_acceptance",
+    "independence_chain",
+    "largest_log_ratio",
+    "log_acceptance",
+    "log_normalizer",
+    "replica_exchange",
+    "resample",
+    "reweighted_mean",
+    "simulate",
+]

@@ -1,0 +1,148 @@
+"""Bursts: many short runs from each equilibrated frame, which decorrelate bonds and angles for almost nothing.
+
+Bond lengths and angles forget themselves within tens of femtoseconds, torsions within picoseconds. Equilibrated frames
+supply the torsions; a burst from a frame, with fresh velocities, supplies independent bonds and angles at the same
+temperature. Every burst starts in equilibrium and stays there, so nothing has to be discarded.
+
+The lengths of the bursts are drawn at random. With one fixed length the fastest bonds would always be found in
+the same phase: an N-H bond (period 10.1 fs) is at the mirror image of its start after 25 fs, whatever the velocity.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import openmm
+from tqdm import tqdm
+
+from openmm_bg.errors import InputError
+from openmm_bg.sampling.dynamics import LangevinPropagator, Trajectory, whole_number
+from openmm_bg.units import nanometers
+
+__all__ = ["bursts"]
+
+# Frames that share one random number stream: fixed, so that the result does not depend on the number of threads.
+_BLOCK = 16
+
+
+def bursts(
+    system: openmm.System,
+    frames: Any,
+    *,
+    temperature: Any,
+    n_bursts: int = 16,
+    steps: int = 25,
+    timestep: Any = 0.001,
+    friction: Any = 10.0,
+    seed: int,
+    workers: int = 2,
+    platform: str | None = None,
+    progress: bool = True,
+) -> Trajectory:
+    """`n_bursts` short independent Langevin runs from each frame; the last conformation of each is kept.
+
+    Parameters
+    ----------
+    system : openmm.System
+        Without barostat or thermostat. Where it has constraints, they are applied to the frames first.
+    frames : (frames, atoms, 3), nm
+        Equilibrated at `temperature`.
+    temperature, timestep, friction : Quantity or float
+        K, ps, 1/ps.
+    n_bursts, steps : int
+        Runs per frame, and their mean length: each is drawn uniformly between half of it and one and a half times it.
+    seed : int
+        The same seed gives bitwise the same result on the Reference platform, whatever `workers` is.
+    workers : int
+        Threads.
+    platform : str, optional
+        By default `fastest_platform(system)`.
+    progress : bool
+        A bar with the remaining time on stderr, where that is a terminal.
+
+    Returns
+    -------
+    Trajectory
+        ``frames * n_bursts`` conformations, those of one frame next to each other. They are equilibrated but not
+        independent of each other: split training and test data by frame.
+
+    Raises
+    ------
+    InputError
+        For input that does not fit, or when the dynamics becomes unstable.
+
+    Examples
+    --------
+    >>> from openmm_bg import systems
+    >>> molecule = systems.load("alanine_dipeptide")
+    >>> frames = molecule.positions[None].repeat(2, axis=0)
+    >>> bursts(molecule.system, frames, temperature=300, n_bursts=3, seed=1).positions.shape
+    (6, 22, 3)
+    """
+    x = nanometers(frames, "frames")
+    if x.ndim != 3 or x.shape[1:] != (system.getNumParticles(), 3) or len(x) == 0:
+        raise InputError(
+            f"frames have the shape {x.shape}; give an array of shape (frames, {system.getNumParticles()}, 3)."
+        )
+    if not np.isfinite(x).all():
+        raise InputError("frames contain NaN or infinite coordinates; leave those frames out.")
+    n_bursts = whole_number(n_bursts, "n_bursts", minimum=1)
+    steps = whole_number(steps, "steps", minimum=1)
+    shortest, longest = steps - steps // 2, steps + steps // 2
+    workers = whole_number(workers, "workers", minimum=1)
+    starts = range(0, len(x), _BLOCK)
+    streams = np.random.SeedSequence(whole_number(seed, "seed", minimum=0)).spawn(len(starts))
+
+    idle: SimpleQueue[LangevinPropagator] = SimpleQueue()
+    walkers = [
+        LangevinPropagator(
+            system,
+            x[0],
+            temperature=temperature,
+            timestep=timestep,
+            friction=friction,
+            generator=np.random.default_rng(),  # replaced by the stream of each block
+            platform=platform,
+        )
+        for _ in range(min(workers, len(starts)))
+    ]
+    for walker in walkers:
+        idle.put(walker)
+    positions = np.empty((len(x), n_bursts, *x.shape[1:]))
+    energies = np.empty((len(x), n_bursts))
+
+    def block(start: int, stream: np.random.SeedSequence) -> int:
+        walker = idle.get()
+        try:
+            walker.generator = np.random.default_rng(stream)
+            chosen = range(start, min(start + _BLOCK, len(x)))
+            for i in chosen:
+                for j in range(n_bursts):
+                    walker.positions = x[i]
+                    walker.draw_velocities()
+                    walker.advance(int(walker.generator.integers(shortest, longest, endpoint=True)))
+                    positions[i, j], energies[i, j] = walker.positions, walker.potential_energy()
+            return len(chosen)
+        finally:
+            idle.put(walker)
+
+    with (
+        ThreadPoolExecutor(len(walkers)) as pool,
+        tqdm(total=len(x), unit="frame", disable=None if progress else True) as bar,
+    ):
+        try:
+            for done in pool.map(block, starts, streams):
+                bar.update(done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C and errors stop after the running blocks
+            raise
+    return Trajectory(
+        positions.reshape(-1, *x.shape[1:]),
+        energies.reshape(-1),
+        walkers[0].temperature,
+        sum(walker.force_evaluations for walker in walkers),
+        seed,
+    )
