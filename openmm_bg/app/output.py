@@ -1,0 +1,138 @@
+"""The files a sampler writes. They are opened for one iteration at a time, and can be cut back to a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+import openmm
+from openmm import app, unit
+
+from openmm_bg.errors import InputError
+from openmm_bg.sampling.metropolis import Attempt
+
+
+def refuse_existing(*paths: str | os.PathLike[str] | None) -> None:
+    """An InputError if one of the files exists and is not empty; nothing is touched."""
+    for path in paths:
+        if path is not None and Path(path).exists() and Path(path).stat().st_size > 0:
+            raise InputError(
+                f"The file {path} exists and is not empty; pass resume=True to continue it, or choose another name."
+            )
+
+
+def cut_back(path: str | os.PathLike[str], length: int) -> None:
+    """Drop what was written to a file after a checkpoint that recorded its length in bytes."""
+    size = Path(path).stat().st_size if Path(path).exists() else 0
+    if size < length:
+        raise InputError(
+            f"The checkpoint was written when {path} had {length} bytes, but it has {size} now; restore the file that "
+            "belongs to the checkpoint."
+        )
+    os.truncate(path, length)
+
+
+class AttemptLog:
+    """One line per attempted move, comma-separated under a quoted header, numbers in full precision.
+
+    Parameters
+    ----------
+    file : path or text file
+        A path is written anew; an open file is written to as it is, and never closed.
+    length : int, optional
+        Continue a file that had this many bytes when the checkpoint was written.
+    """
+
+    HEADER = (
+        '"Step","Iteration","Accepted","Refused","Potential Energy (kJ/mole)","Proposed Potential Energy (kJ/mole)",'
+        '"Log Probability","Proposed Log Probability","Log Acceptance"'
+    )
+
+    def __init__(self, file: str | os.PathLike[str] | TextIO, length: int | None = None, header: bool = True):
+        self._file = Path(file) if isinstance(file, (str, os.PathLike)) else file
+        if isinstance(self._file, Path) and length is not None:
+            cut_back(self._file, length)
+        elif header:
+            self._append(self.HEADER + "\n")
+
+    @property
+    def length(self) -> int | None:
+        """Bytes written so far; None for an open file."""
+        return self._file.stat().st_size if isinstance(self._file, Path) else None
+
+    def write(self, iteration: int, attempts: Sequence[Attempt]) -> None:
+        """Append the attempts of one iteration."""
+        rows = (
+            f"{a.step},{iteration},{int(a.accepted)},{int(a.refused)}," + ",".join(repr(float(v)) for v in a[3:])
+            for a in attempts
+        )
+        self._append("".join(row + "\n" for row in rows))
+
+    def _append(self, text: str) -> None:
+        if isinstance(self._file, Path):
+            with open(self._file, "a", encoding="ascii", newline="\n") as file:
+                file.write(text)
+        else:
+            self._file.write(text)
+
+
+class IterationTrajectory:
+    """A DCD file with one frame per iteration, written after the moves.
+
+    Parameters
+    ----------
+    path : path
+    topology : openmm.app.Topology
+    time_step : float
+        ps.
+    interval : int
+        Time steps between frames.
+    first_step : int
+        Step of the first frame.
+    length, frames : int, optional
+        Continue a file that had this many bytes and frames when the checkpoint was written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        topology: app.Topology,
+        time_step: float,
+        interval: int,
+        first_step: int,
+        length: int | None = None,
+        frames: int = 0,
+    ):
+        self._path = Path(path)
+        self._arguments = (topology, time_step, first_step, interval)
+        self.first_step = first_step
+        self.frames = frames
+        if length is None:
+            with open(self._path, "wb") as file:
+                app.DCDFile(file, *self._arguments)
+        else:
+            cut_back(self._path, length)
+            # A DCD header counts the frames and knows the last step.
+            with open(self._path, "r+b") as file:
+                file.seek(8)
+                file.write(struct.pack("<i", frames))
+                file.seek(20)
+                file.write(struct.pack("<i", first_step + (frames - 1) * interval if frames else 0))
+
+    @property
+    def length(self) -> int:
+        """Bytes written so far."""
+        return self._path.stat().st_size
+
+    def write(self, context: openmm.Context) -> None:
+        """Append the current positions of a Context, unwrapped."""
+        state = context.getState(positions=True)
+        positions = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+        with open(self._path, "r+b") as file:
+            app.DCDFile(file, *self._arguments, append=True).writeModel(
+                positions, periodicBoxVectors=state.getPeriodicBoxVectors()
+            )
+        self.frames += 1
