@@ -42,18 +42,20 @@ def rational_quadratic(
     y, log_derivative : Tensor, (...)
     """
     bins = widths.shape[-1]
-    width = 2 * bound * (MIN_WIDTH + (1 - MIN_WIDTH * bins) * functional.softmax(widths, -1))
-    height = 2 * bound * (MIN_HEIGHT + (1 - MIN_HEIGHT * bins) * functional.softmax(heights, -1))
+    # bins go first in memory: a softmax over a short last dimension is tens of times slower on a CPU
+    widths, heights, slopes = (p.movedim(-1, 0).contiguous() for p in (widths, heights, slopes))
+    width = 2 * bound * (MIN_WIDTH + (1 - MIN_WIDTH * bins) * functional.softmax(widths, 0))
+    height = 2 * bound * (MIN_HEIGHT + (1 - MIN_HEIGHT * bins) * functional.softmax(heights, 0))
     slope = MIN_SLOPE + functional.softplus(slopes + _UNIT_SLOPE)
-    left, low = width.cumsum(-1) - bound, height.cumsum(-1) - bound
+    left, low = width.cumsum(0) - bound, height.cumsum(0) - bound
     # bins are told apart by their inner edges only: every x falls in exactly one, whatever the rounding
-    edges = (low if inverse else left)[..., :-1].detach()
-    index = (x.detach()[..., None] >= edges).sum(-1, keepdim=True)
+    edges = (low if inverse else left)[:-1].detach()
+    index = (x.detach() >= edges).sum(0, keepdim=True)
 
     def pick(values: Tensor) -> Tensor:
-        return values.gather(-1, index).squeeze(-1)
+        return values.gather(0, index).squeeze(0)
 
-    w, h, d0, d1 = pick(width), pick(height), pick(slope[..., :-1]), pick(slope[..., 1:])
+    w, h, d0, d1 = pick(width), pick(height), pick(slope[:-1]), pick(slope[1:])
     x0, y0 = pick(left) - w, pick(low) - h
     s = h / w
     if inverse:

@@ -33,6 +33,11 @@ class SplineTorsions(Flow):
             AutoregressiveSpline(multiplicity, bins=bins, hidden=hidden, order=order),
         )
 
+    @property
+    def multiplicity(self) -> Tensor:
+        """``(dimension,)``, 3 for a rotor."""
+        return self.transform.multiplicity
+
     @torch.no_grad()
     def initialize(self, angles: Tensor) -> None:
         """Turn every circle so that its emptiest place, in samples ``(n, dimension)``, is the cut."""

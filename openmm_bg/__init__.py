@@ -1,0 +1,50 @@
+"""Boltzmann generators for OpenMM: exact Monte Carlo moves that propose whole conformations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from openmm_bg import flows, systems
+from openmm_bg.analysis import compare, report
+from openmm_bg.app import BoltzmannGeneratorSampler
+from openmm_bg.coordinates import InternalCoordinates, ZMatrix
+from openmm_bg.energies import ContextEnergy, Energy, ForceFieldEnergy, regularize
+from openmm_bg.errors import InputError
+from openmm_bg.generator import BoltzmannGenerator, Samples
+from openmm_bg.sampling import Trajectory, bursts, replica_exchange, simulate
+from openmm_bg.training import fit
+from openmm_bg.version import __version__
+
+
+__all__ = [
+    "BoltzmannGenerator",
+    "BoltzmannGeneratorMove",
+    "BoltzmannGeneratorSampler",
+    "ContextEnergy",
+    "Energy",
+    "ForceFieldEnergy",
+    "InputError",
+    "InternalCoordinates",
+    "Samples",
+    "Trajectory",
+    "ZMatrix",
+    "__version__",
+    "bursts",
+    "compare",
+    "fit",
+    "flows",
+    "regularize",
+    "replica_exchange",
+    "report",
+    "simulate",
+    "systems",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # openmmtools is slow to import and prints: only who asks for its move pays
+    if name == "BoltzmannGeneratorMove":
+        from openmm_bg.app import BoltzmannGeneratorMove
+
+        return BoltzmannGeneratorMove
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

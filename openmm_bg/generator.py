@@ -1,0 +1,577 @@
+"""The Boltzmann generator: an energy, internal coordinates and a flow, with one exact density.
+
+The density of a conformation x is that of its shape: Lebesgue measure in R^3N modulo rigid motion, and on the
+constraint manifold where bonds are constrained::
+
+    log_prob(x) = log q(q(x)) - log J(q(x)) - 1/2 log det Z(x)
+
+with q the mixture ``(1 - defensive) flow + defensive * broadened flow``. The second part has heavy tails in every
+coordinate and keeps the largest p/q, which is what an independence sampler lives by, within bounds where the flow has
+a hole.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import openmm
+import torch
+from openmm import app
+from torch import Tensor, nn
+
+from openmm_bg import generator_file
+from openmm_bg.coordinates import Frame, InternalCoordinates, ZMatrix, half_turns_from
+from openmm_bg.energies import Energy, ForceFieldEnergy
+from openmm_bg.errors import InputError
+from openmm_bg.flows import Flow, MolecularFlow
+from openmm_bg.units import kelvin, nanometers, thermal_energy
+
+_CHUNK = 16384
+
+
+@dataclass
+class Samples:
+    """Independent draws of a generator, float64.
+
+    Attributes
+    ----------
+    positions : Tensor, (n, atoms, 3)
+        nm; for a generator without coordinates ``(n, dimension)``. Rows of NaN are draws outside the support: they
+        count.
+    log_prob : Tensor, (n,)
+        Log-density; -inf outside the support.
+    reduced_energy : Tensor, (n,)
+        U/kT; +inf outside the support.
+    log_weights : Tensor, (n,)
+        ``-reduced_energy - log_prob``; -inf outside the support.
+    """
+
+    positions: Tensor
+    log_prob: Tensor
+    reduced_energy: Tensor
+    log_weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+class BoltzmannGenerator(nn.Module):
+    """An invertible network that proposes conformations together with their exact probability density.
+
+    Parameters
+    ----------
+    energy : Energy or None
+        The reduced energy of the target. None leaves a generator that can propose but not weigh.
+    flow : Flow
+        Density of the internal coordinates (or of the plain ones).
+    coordinates : InternalCoordinates, optional
+        None where the flow's samples are the configurations themselves: analytic densities.
+    topology : openmm.app.Topology, optional
+        Atoms and bonds, by which a simulation is matched.
+    defensive : float
+        Share of the broadened copy in the density, 0 to 1.
+
+    Attributes
+    ----------
+    provenance : dict
+        How the generator was trained; JSON, kept in its file.
+
+    Examples
+    --------
+    >>> import openmm_bg as bg
+    >>> well = bg.systems.load("double_well")
+    >>> generator = bg.BoltzmannGenerator(well, bg.flows.RealNVP(2, layers=2, hidden=(8,)))
+    >>> samples = generator.sample(4, seed=1)
+    >>> samples.log_weights.shape
+    torch.Size([4])
+    """
+
+    def __init__(
+        self,
+        energy: Energy | None,
+        flow: Flow,
+        coordinates: InternalCoordinates | None = None,
+        *,
+        topology: app.Topology | None = None,
+        defensive: float = 0.02,
+    ):
+        super().__init__()
+        if not 0 <= defensive < 1:
+            raise InputError(f"defensive must be at least 0 and below 1, not {defensive}.")
+        if not isinstance(flow, Flow):
+            raise InputError(f"flow must be a Flow of openmm_bg.flows, not {flow!r}.")
+        if coordinates is not None and coordinates.dimension != flow.dimension:
+            raise InputError(
+                f"The flow has {flow.dimension} dimensions, but the coordinates have {coordinates.dimension}."
+            )
+        shape = (flow.dimension,) if coordinates is None else (coordinates.num_atoms, 3)
+        if energy is not None and tuple(energy.event_shape) != shape:
+            raise InputError(f"The energy takes points of shape {tuple(energy.event_shape)}, but samples have {shape}.")
+        if topology is not None and coordinates is not None and topology.getNumAtoms() != coordinates.num_atoms:
+            raise InputError(
+                f"The topology has {topology.getNumAtoms()} atoms, but the coordinates have {coordinates.num_atoms}."
+            )
+        self.energy = energy
+        self.flow = flow.double()
+        self.coordinates = None if coordinates is None else coordinates.double()
+        self.topology = topology
+        self.defensive = float(defensive)
+        self.provenance: dict[str, Any] = {}
+        self.eval()
+
+    @classmethod
+    def for_molecule(
+        cls,
+        topology: app.Topology,
+        system: openmm.System,
+        temperature: Any = 300.0,
+        *,
+        positions: Any = None,
+        flow: Literal["spline", "realnvp"] | Flow = "spline",
+        defensive: float = 0.02,
+        seed: int = 0,
+        compile: bool = False,
+    ) -> BoltzmannGenerator:
+        """A generator for one molecule, with internal coordinates and a flow that its chemistry suggests.
+
+        Parameters
+        ----------
+        topology : openmm.app.Topology
+        system : openmm.System
+            Constrained bonds leave the flow and are kept exactly.
+        temperature : float or Quantity
+            K.
+        positions : array or Quantity, (atoms, 3), optional
+            A reasonable conformation in nm. It fixes the chirality of every centre and the labels of equivalent
+            hydrogens; without it the generator learns them from the first data it is fitted to and cannot be sampled
+            before.
+        flow : {"spline", "realnvp"} or Flow
+        defensive, seed, compile
+            Share of the broadened copy; seed of the initial weights; whether the energy is compiled.
+
+        Raises
+        ------
+        InputError
+            If topology and System do not belong together, or if there is more than one molecule.
+        """
+        atoms = topology.getNumAtoms()
+        if atoms != system.getNumParticles():
+            raise InputError(
+                f"The topology has {atoms} atoms, but the System has {system.getNumParticles()} particles; "
+                "create the System from this topology."
+            )
+        if system.usesPeriodicBoundaryConditions():
+            raise InputError(
+                "The System is periodic; a generator is made for a molecule in vacuum or implicit solvent: "
+                "create the System with nonbondedMethod=NoCutoff."
+            )
+        zmatrix = ZMatrix.from_topology(topology)
+        reference = None if positions is None else _reference(positions, atoms)
+        energy = ForceFieldEnergy(system, temperature, compile=compile)
+        coordinates = _coordinates(zmatrix, system, reference)
+        if isinstance(flow, str):
+            flow = _molecular_flow(zmatrix, coordinates, flow, seed)
+        generator = cls(energy, flow, coordinates, topology=topology, defensive=defensive)
+        if reference is not None:
+            generator._inform_at(reference)
+        return generator
+
+    # -- what it is about
+
+    @property
+    def system(self) -> openmm.System | None:
+        """The OpenMM System of the target; None for analytic densities."""
+        return self.energy.system if isinstance(self.energy, ForceFieldEnergy) else None
+
+    @property
+    def temperature(self) -> float | None:
+        """K; None for analytic densities."""
+        return self.energy.temperature if isinstance(self.energy, ForceFieldEnergy) else None
+
+    @property
+    def num_atoms(self) -> int | None:
+        return None if self.coordinates is None else self.coordinates.num_atoms
+
+    @property
+    def informed(self) -> bool:
+        """Whether chirality and scales are known, so that samples make sense."""
+        return bool(getattr(self.flow, "informed", True))
+
+    def inform(self, positions: Any) -> None:
+        """Learn centres, scales and chirality from conformations ``(n, atoms, 3)`` in nm; trained weights stay.
+
+        Called by ``fit`` before maximum likelihood. The first usable conformation decides chirality and hydrogen labels
+        where nothing has yet.
+
+        Raises
+        ------
+        InputError
+            If no conformation is one of this molecule, or if there are too few to measure covariances.
+        """
+        x = self._batch(positions)
+        if self.coordinates is not None and not self.informed:
+            self._handed_as(x)
+        self._initialize(self._shapes(x))
+
+    def _handed_as(self, x: Tensor) -> None:
+        """Take chirality and hydrogen labels from the first conformation that has a shape."""
+        usable = torch.cat([torch.isfinite(self.coordinates(part)[1]) for part in x.split(_CHUNK)])
+        if usable.any():
+            settings = self.coordinates.config()
+            reference = x[usable.nonzero()[0, 0]].numpy()
+            settings["half_turns"] = half_turns_from(self.coordinates.zmatrix, reference).tolist()
+            self.coordinates = InternalCoordinates.from_config(settings)
+
+    def _shapes(self, x: Tensor) -> Tensor:
+        """The coordinates of the flow, ``(m, dimension)``, of the conformations that lie in the support."""
+        if len(x) == 0:
+            raise InputError("The data hold zero conformations.")
+        if self.coordinates is None:
+            q = x[torch.isfinite(x).all(-1)]
+        else:
+            pairs = [self.coordinates(part) for part in x.split(_CHUNK)]
+            q = torch.cat([q[torch.isfinite(log_volume)] for q, log_volume in pairs])
+        if len(q) == 0:
+            raise InputError(
+                "No conformation of the data is finite and has the chirality, hydrogen labels and constrained bond "
+                "lengths of this generator; check that data and generator are of the same molecule."
+            )
+        return q
+
+    def _initialize(self, q: Tensor) -> None:
+        if not isinstance(self.flow, MolecularFlow):
+            return
+        if len(q) <= self.flow.dimension:
+            raise InputError(
+                f"{len(q)} usable conformations cannot tell the covariance of {self.flow.dimension} coordinates; give "
+                "more of them, or give positions to for_molecule and train on the energy alone."
+            )
+        self.flow.initialize(q)
+
+    def _inform_at(self, reference: np.ndarray) -> None:
+        x = torch.as_tensor(reference)[None]
+        q, log_volume = self.coordinates(x)
+        if not torch.isfinite(log_volume).all():
+            raise InputError(
+                "The positions do not satisfy the System's constraints or hold collinear or coincident atoms; "
+                "minimise them first."
+            )
+        if isinstance(self.flow, MolecularFlow):
+            self.flow.initialize_at(q[0], _scales(self.coordinates, self.system, self.temperature))
+
+    def _check_informed(self) -> None:
+        if not self.informed:
+            raise InputError(
+                "This generator knows neither chirality nor scales yet; give positions to for_molecule, or fit it."
+            )
+
+    # -- densities
+
+    def sample(self, n: int, *, seed: int | None = None, generator: torch.Generator | None = None) -> Samples:
+        """``n`` independent draws with density, energy and weight.
+
+        Parameters
+        ----------
+        n : int
+        seed : int, optional
+            Makes the draw reproducible; or pass a torch ``generator`` whose state goes on.
+
+        Raises
+        ------
+        InputError
+            If the generator is not informed yet or has no energy.
+        """
+        if self.energy is None:
+            raise InputError("This generator has no energy; use sample_internal, or give it one.")
+        generator = _random(seed, generator)
+        parts = []
+        for size in _chunks(n):
+            q, log_prob = self.sample_internal(size, generator)
+            x = self.place(q)
+            with torch.no_grad():
+                energy = self.energy(x)
+            # a NaN of broken weights stays a NaN
+            weights = torch.where(log_prob == -math.inf, -math.inf, -energy - log_prob)
+            parts.append((x, log_prob, energy, weights))
+        return Samples(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def sample_internal(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``n`` draws of internal coordinates and their final log-density: ``(n, dimension)`` and ``(n,)``.
+
+        The density does not depend on where a shape is placed. Draws outside the support have -inf.
+        """
+        self._check_informed()
+        broad = int((torch.rand(n, generator=generator) < self.defensive).sum())
+        parts = [
+            self.flow.sample(size, generator, broadened=broadened)[0]
+            for size, broadened in ((n - broad, False), (broad, True))
+            if size
+        ]
+        q = torch.cat(parts) if parts else torch.empty(0, self.flow.dimension, dtype=torch.float64)
+        q = q[torch.randperm(n, generator=generator)]
+        log_q = self._log_mixture(q)
+        if self.coordinates is None:
+            return q, log_q
+        _, log_volume = self.coordinates.inverse(q)
+        return q, torch.where(torch.isfinite(log_volume), log_q - log_volume, -math.inf)
+
+    @torch.no_grad()
+    def log_prob(self, x: Tensor | np.ndarray) -> Tensor:
+        """Log-density of conformations, float64.
+
+        Parameters
+        ----------
+        x : Tensor, array or Quantity, (n, atoms, 3) or (atoms, 3)
+            nm; ``(n, dimension)`` for a generator without coordinates.
+
+        Returns
+        -------
+        Tensor, (n,)
+            -inf outside the support: other chirality or hydrogen labels, broken constraints, values that are not
+            finite.
+        """
+        self._check_informed()
+        x = self._batch(x)
+        return torch.cat([self._log_prob(part) for part in x.split(_CHUNK)]) if len(x) else x.new_zeros(0)
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        if self.coordinates is None:
+            return self._log_mixture(x)
+        q, log_volume = self.coordinates(x)
+        inside = torch.isfinite(log_volume)
+        return torch.where(inside, self._log_mixture(q) - log_volume, -math.inf)
+
+    def _log_mixture(self, q: Tensor) -> Tensor:
+        plain, broad = self.flow.log_probs(q)
+        if self.defensive == 0:
+            return plain
+        return torch.logaddexp(plain + math.log1p(-self.defensive), broad + math.log(self.defensive))
+
+    def log_weights(self, x: Tensor | np.ndarray) -> Tensor:
+        """``-u(x) - log_prob(x)`` of given conformations, ``(n,)``: the log of p/q up to the constant log Z."""
+        if self.energy is None:
+            raise InputError("This generator has no energy, so it cannot weigh conformations.")
+        x = self._batch(x)
+        log_prob = self.log_prob(x)
+        with torch.no_grad():
+            energy = torch.cat([self.energy(part) for part in x.split(_CHUNK)])
+        return torch.where(torch.isfinite(energy), -energy - log_prob, -math.inf)
+
+    def _batch(self, x: Tensor | np.ndarray) -> Tensor:
+        if self.coordinates is None:
+            shape: tuple[int, ...] = (self.flow.dimension,)
+        else:
+            shape = (self.num_atoms, 3)
+        # torch would drop the unit of a Quantity without a word
+        x = torch.as_tensor(x if isinstance(x, Tensor) else nanometers(x), dtype=torch.float64)
+        if x.shape == shape:
+            x = x[None]
+        if x.shape[1:] != shape:
+            raise InputError(
+                f"Conformations must have the shape (n, {', '.join(map(str, shape))}), not {tuple(x.shape)}."
+            )
+        return x
+
+    # -- placing shapes in space
+
+    def frame(self, x: Tensor | np.ndarray) -> Frame | None:
+        """Where conformations stand: the frame of their seed atoms; None for a generator without coordinates."""
+        return None if self.coordinates is None else self.coordinates.frame(self._batch(x))
+
+    @torch.no_grad()
+    def place(self, q: Tensor, frame: Frame | None = None) -> Tensor:
+        """Conformations of internal coordinates, in ``frame`` or the standard one: ``(n, atoms, 3)`` nm."""
+        return q if self.coordinates is None else self.coordinates.inverse(q, frame)[0]
+
+    # -- matching a simulation
+
+    def matches(self, topology: app.Topology, system: openmm.System, atoms: Sequence[int] | None = None) -> bool:
+        """Whether this is the molecule of a simulation, by elements, bonds and constraints.
+
+        See :meth:`check_simulation`, which says what differs.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.check_simulation(topology, system, atoms)
+        except InputError:
+            return False
+        return True
+
+    def check_simulation(
+        self, topology: app.Topology, system: openmm.System, atoms: Sequence[int] | None = None
+    ) -> None:
+        """Refuse a simulation of another molecule; warn where only the force field differs.
+
+        A move stays exact with any System of the same atoms, bonds and constraints, since it takes energies from the
+        simulation; what suffers is its acceptance.
+
+        Parameters
+        ----------
+        topology, system
+            Of the simulation.
+        atoms : sequence of int, optional
+            Particles of the simulation that are the generator's atoms, in its order; None for all.
+        """
+        if self.topology is None or self.coordinates is None:
+            raise InputError("This generator has no molecule, so it cannot be matched to a simulation.")
+        index = list(range(topology.getNumAtoms())) if atoms is None else [int(i) for i in atoms]
+        if len(index) != self.num_atoms:
+            raise InputError(
+                f"The generator has {self.num_atoms} atoms, but {len(index)} atoms of the simulation were given; "
+                "use the same molecule, or name its atoms with atoms=."
+            )
+        if min(index) < 0 or max(index) >= topology.getNumAtoms() or len(set(index)) < len(index):
+            raise InputError("atoms= names particles that the simulation does not have, or one of them twice.")
+        theirs, ours = list(topology.atoms()), list(self.topology.atoms())
+        for mine, i in zip(ours, index, strict=True):
+            if mine.element is not theirs[i].element:
+                raise InputError(
+                    f"Atom {mine.index} ({mine.name}) of the generator does not match atom {i} ({theirs[i].name}) of "
+                    "the simulation; the atoms must be the same in the same order."
+                )
+        place = {i: k for k, i in enumerate(index)}
+        their_bonds = {
+            frozenset((place[a.index], place[b.index]))
+            for a, b in topology.bonds()
+            if a.index in place and b.index in place
+        }
+        if their_bonds != {frozenset((a.index, b.index)) for a, b in self.topology.bonds()}:
+            raise InputError("The simulation's molecule has other bonds than the generator's.")
+        their_constraints = _constraints(system, place)
+        our_constraints = {frozenset((i, j)): d for i, j, d in self.coordinates.constraints}
+        if their_constraints.keys() != our_constraints.keys() or any(
+            abs(d - our_constraints[pair]) > 1e-6 for pair, d in their_constraints.items()
+        ):
+            raise InputError(
+                "The simulation constrains other bonds than the System the generator was made for; make a generator "
+                "for this System."
+            )
+        if atoms is None and self.system is not None and not _same_system(system, self.system):
+            warnings.warn(
+                "The simulation's System differs from the one this generator was made for: moves stay exact, but fewer "
+                "may be accepted.",
+                stacklevel=3,
+            )
+
+    # -- files
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that :meth:`save` writes."""
+        return generator_file.pack(self)[1]
+
+    def save(self, path: Any) -> str:
+        """Write one file that rebuilds this generator without its data, and return its sha256; never pickle."""
+        return generator_file.save(self, path)
+
+    @classmethod
+    def load(cls, path: Any, *, energy: Energy | None = None) -> BoltzmannGenerator:
+        """Read a file written by :meth:`save`.
+
+        Parameters
+        ----------
+        path : path-like
+        energy : Energy, optional
+            For generators of analytic densities, whose energy no file can hold.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, truncated, altered, of another kind, or holds a PythonForce (which would run code).
+        """
+        return generator_file.load(cls, path, energy)
+
+
+def _random(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
+    if generator is not None:
+        if seed is not None:
+            raise InputError("Give either seed or generator, not both.")
+        return generator
+    fresh = torch.Generator()
+    fresh.seed() if seed is None else fresh.manual_seed(seed)
+    return fresh
+
+
+def _chunks(n: int) -> list[int]:
+    if n < 1:
+        raise InputError(f"The number of samples must be at least 1, not {n}.")
+    return [min(_CHUNK, n - start) for start in range(0, n, _CHUNK)]
+
+
+def _reference(positions: Any, atoms: int) -> np.ndarray:
+    reference = nanometers(positions)
+    if reference.shape != (atoms, 3) or not np.isfinite(reference).all():
+        raise InputError(f"positions must be {atoms} finite points in nm, not an array of shape {reference.shape}.")
+    return reference
+
+
+def _same_system(one: openmm.System, other: openmm.System) -> bool:
+    try:
+        return generator_file.system_hash(one) == generator_file.system_hash(other)
+    except openmm.OpenMMException:  # a PythonForce around a function that cannot be written
+        return False
+
+
+def _constraints(system: openmm.System, place: dict[int, int] | None = None) -> dict[frozenset[int], float]:
+    constraints = {}
+    for k in range(system.getNumConstraints()):
+        i, j, distance = system.getConstraintParameters(k)
+        if place is not None:
+            if (i in place) != (j in place):
+                raise InputError(f"A constraint joins atom {i} or {j} of the molecule to an atom outside it.")
+            if i not in place:
+                continue
+            i, j = place[i], place[j]
+        constraints[frozenset((i, j))] = float(nanometers(distance))
+    return constraints
+
+
+def _coordinates(zmatrix: ZMatrix, system: openmm.System, reference: np.ndarray | None) -> InternalCoordinates:
+    constraints = [(*sorted(pair), d) for pair, d in _constraints(system).items()]
+    masses = np.array([system.getParticleMass(i)._value for i in range(system.getNumParticles())])
+    half_turns = None if reference is None else half_turns_from(zmatrix, reference)
+    return InternalCoordinates(zmatrix, constraints=constraints, masses=masses, half_turns=half_turns)
+
+
+def _molecular_flow(zmatrix: ZMatrix, coordinates: InternalCoordinates, kind: str, seed: int) -> MolecularFlow:
+    if kind not in ("spline", "realnvp"):
+        raise InputError(f"flow must be 'spline', 'realnvp' or a Flow, not {kind!r}.")
+    column = {int(row): i for i, row in enumerate(coordinates.torsion_rows) if row >= 0}
+    torsions = [i for row, i in column.items() if zmatrix.free_torsions[row]]
+    rotors = {column[i]: (column[j], column[k]) for i, j, k in zmatrix.rotors if {i, j, k} <= column.keys()}
+    if coordinates.dimension == len(torsions):
+        raise InputError("The System's constraints leave no bond and no angle free; constrain fewer of them.")
+    stiff = [i for i in column.values() if i not in set(torsions)]
+    return MolecularFlow(coordinates.dimension, torsions, rotors, stiff, torsion_model=kind, seed=seed)
+
+
+def _scales(coordinates: InternalCoordinates, system: openmm.System, temperature: float) -> Tensor:
+    """Spread of each coordinate from the harmonic terms of the force field, sqrt(kT/k); typical values elsewhere."""
+    kt = thermal_energy(kelvin(temperature))
+    bonds: dict[frozenset[int], float] = {}
+    angles: dict[tuple[frozenset[int], int], float] = {}
+    for force in system.getForces():
+        if isinstance(force, openmm.HarmonicBondForce):
+            for n in range(force.getNumBonds()):
+                i, j, _, k = force.getBondParameters(n)
+                if k._value > 0:
+                    bonds[frozenset((i, j))] = k._value
+        elif isinstance(force, openmm.HarmonicAngleForce):
+            for n in range(force.getNumAngles()):
+                i, j, k, _, strength = force.getAngleParameters(n)
+                if strength._value > 0:
+                    angles[frozenset((i, k)), j] = strength._value
+    z = coordinates.zmatrix
+    full = [
+        *(math.sqrt(kt / bonds.get(frozenset((int(i), int(j))), 3e5)) for i, j in z.bonds),
+        *(math.sqrt(kt / angles.get((frozenset((int(i), int(k))), int(j)), 500.0)) for i, j, k in z.angles),
+        *([0.1] * len(z.torsions)),
+    ]
+    return torch.tensor(full, dtype=torch.float64)[coordinates.free]
