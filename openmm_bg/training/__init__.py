@@ -1,0 +1,21 @@
+"""How a generator learns: one trainer, objectives, the default recipe."""
+
+from openmm_bg.generator import BoltzmannGenerator
+from openmm_bg.training.fit import fit, relabel_rotors, to_flow_coordinates
+from openmm_bg.training.objectives import MaximumLikelihood, ReversePath
+from openmm_bg.training.trainer import Settings, Stage, Trainer, TrainingResult
+
+# the method lives up here because a generator must not know how it is trained
+BoltzmannGenerator.fit = fit
+
+__all__ = [
+    "MaximumLikelihood",
+    "ReversePath",
+    "Settings",
+    "Stage",
+    "Trainer",
+    "TrainingResult",
+    "fit",
+    "relabel_rotors",
+    "to_flow_coordinates",
+]
