@@ -1,0 +1,42 @@
+"""The plan of the house, checked: imports run downwards only, and importing the package stays quiet and quick."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_imports_run_downwards_only():
+    if not (ROOT / "pyproject.toml").exists():
+        pytest.skip("the contracts live in the checkout")
+    script = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run([script, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("heavy", ["openmmtools", "deeptime", "matplotlib", "pymbar"])
+def test_importing_the_package_leaves_slow_libraries_alone(heavy):
+    code = f"import sys, openmm_bg; sys.exit({heavy!r} in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "", result.stdout + result.stderr
+
+
+def test_public_names():
+    import openmm_bg as bg
+
+    for name in bg.__all__:
+        assert getattr(bg, name) is not None
+    with pytest.raises(AttributeError):
+        _ = bg.no_such_name
+
+
+def test_the_force_field_folder_is_where_openmm_looks():
+    from importlib.metadata import entry_points
+
+    (entry,) = [e for e in entry_points(group="openmm.forcefielddir") if e.name == "openmm_bg"]
+    assert Path(entry.load()()).is_dir()
