@@ -20,7 +20,6 @@ test-slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
 
 wheel-test: $(READY)
 	$(BIN)/python tests/wheel.py

@@ -15,7 +15,6 @@ from openmm_bg.sampling import Trajectory, bursts, replica_exchange, simulate
 from openmm_bg.training import fit
 from openmm_bg.version import __version__
 
-
 __all__ = [
     "BoltzmannGenerator",
     "BoltzmannGeneratorMove",
