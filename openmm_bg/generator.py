@@ -369,7 +369,7 @@ class BoltzmannGenerator(nn.Module):
         else:
             shape = (self.num_atoms, 3)
         # torch would drop the unit of a Quantity without a word
-        x = torch.as_tensor(x if isinstance(x, Tensor) else nanometers(x), dtype=torch.float64)
+        x = torch.as_tensor(x if isinstance(x, Tensor) else np.ascontiguousarray(nanometers(x)), dtype=torch.float64)
         if x.shape == shape:
             x = x[None]
         if x.shape[1:] != shape:
@@ -468,7 +468,7 @@ class BoltzmannGenerator(nn.Module):
         return generator_file.pack(self)[1]
 
     def save(self, path: Any) -> str:
-        """Write one file that rebuilds this generator without its data, and return its sha256; never pickle."""
+        """Write one file that rebuilds this generator without its data, never pickle, and return its fingerprint."""
         return generator_file.save(self, path)
 
     @classmethod

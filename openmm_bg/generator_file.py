@@ -152,7 +152,7 @@ def load(cls: type[BoltzmannGenerator], path: Any, energy: Energy | None) -> Bol
             raise InputError(f"{path} has the format {header['format']!r}; this version of openmm_bg reads {FORMAT!r}.")
         tensors = load_tensors(content)
         whole = _digest(header, tensors) == metadata["sha256"]
-        xml, defensive, provenance = header["system"], header["defensive"], header["provenance"]
+        xml, defensive, provenance = header["system"], float(header["defensive"]), dict(header["provenance"])
     except InputError:
         raise
     except (struct.error, ValueError, LookupError, TypeError, AttributeError, SafetensorError):

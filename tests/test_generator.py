@@ -18,7 +18,7 @@ from scipy.stats import chi2
 import openmm_bg as bg
 from openmm_bg.coordinates import InternalCoordinates, ZMatrix
 from openmm_bg.energies import ContextEnergy
-from openmm_bg.flows import Flow, MolecularFlow, RealNVP, SplineFlow
+from openmm_bg.flows import MolecularFlow, RealNVP, SplineFlow
 from openmm_bg.units import thermal_energy
 
 KT = thermal_energy(300)
@@ -89,6 +89,7 @@ def peroxide_log_z(constraints: bool = False) -> float:
         if constraints and i != 1:
             total += 2 * math.log(LENGTH[i]) + 0.5 * math.log(1 / 1 + 1 / 16)
         else:
+
             def bond(r, i=i):
                 return r * r * math.exp(-STIFF[i] * (r - LENGTH[i]) ** 2 / (2 * KT))
 
@@ -148,7 +149,9 @@ def constrained():
 @pytest.mark.parametrize("defensive", [0.0, 0.3])
 def test_mean_weight_is_the_partition_function(flow, constraints, defensive):
     topology, system, positions = peroxide(constraints)
-    made = bg.BoltzmannGenerator.for_molecule(topology, system, 300, positions=positions, flow=flow, defensive=defensive)
+    made = bg.BoltzmannGenerator.for_molecule(
+        topology, system, 300, positions=positions, flow=flow, defensive=defensive
+    )
     disturb(made.flow, 0.02)
     samples = made.sample(20_000, seed=1)
     value, error = log_mean(samples.log_weights)
@@ -180,7 +183,9 @@ def test_mass_metric_of_two_constraints_that_share_an_atom():
     assert abs(value - math.log(quad(density, 0, math.pi)[0])) < 4 * error
 
 
-@pytest.mark.parametrize("flow", [RealNVP(2, layers=4, hidden=(16,)), SplineFlow([False, True], layers=4, hidden=(16,))])
+@pytest.mark.parametrize(
+    "flow", [RealNVP(2, layers=4, hidden=(16,)), SplineFlow([False, True], layers=4, hidden=(16,))]
+)
 @pytest.mark.parametrize("defensive", [0.0, 0.5])
 def test_histogram_of_samples_is_the_density(flow, defensive):
     made = bg.BoltzmannGenerator(bg.systems.load("double_well"), copy.deepcopy(flow), defensive=defensive)
@@ -232,7 +237,8 @@ def test_density_of_samples_and_of_their_positions_agree(generator):
     again = generator.log_prob(samples.positions[inside])
     assert (again - samples.log_prob[inside]).abs().max() < 1e-8
     assert samples.positions.dtype == samples.log_prob.dtype == samples.log_weights.dtype == torch.float64
-    assert torch.equal(generator.log_weights(samples.positions[inside]).isfinite(), samples.log_weights[inside].isfinite())
+    again = generator.log_weights(samples.positions[inside])
+    assert torch.equal(again.isfinite(), samples.log_weights[inside].isfinite())
 
 
 def test_samples_outside_the_support_count_and_say_so(alanine, frames):
@@ -289,7 +295,8 @@ def test_relabelled_rotors_keep_the_density_of_torsions(generator, frames):
         turn = (turned - t + math.pi) % (2 * math.pi) - math.pi
         assert torch.allclose(turn.abs().max(1).values, torch.tensor(2 * math.pi / 3).double(), atol=1e-9)
         assert (turn.abs() > 1e-9).sum(1).eq(1).all()
-        difference = generator.flow.log_prob_torsions(turned) - generator.flow.log_prob_torsions(t)
+        with torch.no_grad():
+            difference = generator.flow.log_prob_torsions(turned) - generator.flow.log_prob_torsions(t)
         assert difference.abs().max() < 1e-9
 
 
@@ -305,7 +312,8 @@ def test_sampled_rotors_take_all_three_places(generator):
 def test_other_handedness_has_no_density(generator, frames):
     mirrored = frames * torch.tensor([-1.0, 1.0, 1.0])
     assert (generator.log_prob(mirrored) == -math.inf).all()
-    first, second, _ = (int(generator.coordinates.zmatrix.torsions[row][0]) for row in generator.coordinates.zmatrix.rotors[0])
+    zmatrix = generator.coordinates.zmatrix
+    first, second, _ = (int(zmatrix.torsions[row][0]) for row in zmatrix.rotors[0])
     swapped = frames.clone()
     swapped[:, [first, second]] = frames[:, [second, first]]
     assert (generator.log_prob(swapped) == -math.inf).all()
@@ -444,7 +452,8 @@ def test_units_of_positions(generator, frames):
     assert torch.equal(generator.log_prob(array), expected)
     assert torch.equal(generator.log_prob(array * unit.nanometer), expected)
     assert torch.allclose(generator.log_prob(unit.Quantity(10 * array, unit.angstrom)), expected)
-    assert torch.allclose(generator.frame(unit.Quantity(10 * array, unit.angstrom)).origin, generator.frame(array).origin)
+    origins = [generator.frame(x).origin for x in (array, unit.Quantity(10 * array, unit.angstrom))]
+    assert torch.allclose(*origins)
     assert generator.log_prob(array[0]).shape == (1,)
     assert generator.log_prob(array[:0]).shape == (0,)
     with pytest.raises(bg.InputError, match="nm"):
@@ -671,7 +680,3 @@ def test_copies_and_scales_are_independent(plain, alanine):
         force.setBondParameters(index, i, j, r, 0.0)
     made = bg.BoltzmannGenerator.for_molecule(topology, system, positions=positions)
     assert torch.isfinite(made.log_prob(positions)).all()
-
-
-def test_flow_is_the_public_class():
-    assert issubclass(RealNVP, Flow)

@@ -15,8 +15,8 @@ from openmm_bg.flows.spline import circular_parameters, circular_spline
 class AutoregressiveSpline(Transform):
     """One pass of circular rational-quadratic splines over the torus.
 
-    Angle i is ``turn_i + S_i(z_i)``, with the spline S_i set by a small network of the angles before it. The density is found in
-    one parallel pass; sampling takes one small step per angle.
+    Angle i is ``turn_i + S_i(z_i)``, with the spline S_i set by a small network of the angles before it. The density is
+    found in one parallel pass; sampling takes one small step per angle.
 
     Parameters
     ----------

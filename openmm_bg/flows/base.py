@@ -1,8 +1,8 @@
 """Invertible transforms, base densities, and the flow that joins the two.
 
-Everything in this room works on tensors of shape ``(batch, dimension)`` and knows no molecule. A transform carries latents
-``z`` to samples ``y``; both directions return the log-determinant of the direction taken, so that the two of a round trip
-add up to zero. Densities follow ``torch.distributions``: ``sample``, ``log_prob``.
+Everything in this room works on tensors of shape ``(batch, dimension)`` and knows no molecule. A transform carries
+latents ``z`` to samples ``y``; both directions return the log-determinant of the direction taken, so that the two of a
+round trip add up to zero. Densities follow ``torch.distributions``: ``sample``, ``log_prob``.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ class Composition(Transform):
 class Base(nn.Module):
     """A product of standard normals and of uniform densities on the circle [-pi, pi).
 
-    Its *broadened* copy replaces each normal by ``(1 - share) N(0, 1) + share N(0, scale^2)``: independent heavy tails, which
-    cost almost nothing where the flow is right and keep the density from vanishing where a few coordinates are off.
+    Its *broadened* copy replaces each normal by ``(1 - share) N(0, 1) + share N(0, scale^2)``: independent heavy tails,
+    which cost almost nothing where the flow is right and keep the density from vanishing where a few coordinates are
+    off.
 
     Parameters
     ----------
@@ -141,6 +142,7 @@ class Flow(nn.Module):
 
     Examples
     --------
+    >>> from openmm_bg.flows import AffineCoupling
     >>> flow = Flow(Base([False] * 2), Composition([AffineCoupling(torch.tensor([True, False]))]))
     >>> y, log_prob = flow.sample(5, torch.Generator().manual_seed(0))
     >>> bool(torch.allclose(flow.log_prob(y), log_prob))

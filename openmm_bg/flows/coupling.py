@@ -33,7 +33,8 @@ def _halves(moved: Tensor) -> tuple[Tensor, Tensor]:
 class AffineCoupling(Transform):
     """RealNVP: y_moved = z_moved exp(s) + t with s, t functions of the rest (Dinh et al., 2017).
 
-    The log-scale is ``2 tanh(s / 2)``: a layer can stretch by e^2 at most, which keeps a deep flow invertible in float32.
+    The log-scale is ``2 tanh(s / 2)``: a layer can stretch by e^2 at most, which keeps a deep flow invertible in
+    float32.
 
     Parameters
     ----------
@@ -45,10 +46,10 @@ class AffineCoupling(Transform):
     def __init__(self, moved: Tensor, context_dimension: int = 0, hidden: Sequence[int] = (128, 128)):
         super().__init__(len(moved), context_dimension)
         move, keep = _halves(moved)
-        self.register_buffer("move", move, persistent=False)
-        self.register_buffer("keep", keep, persistent=False)
+        self.register_buffer("move", move)
+        self.register_buffer("keep", keep)
         order = torch.argsort(torch.cat([move, keep]))
-        self.register_buffer("restore", order, persistent=False)
+        self.register_buffer("restore", order)
         self.network = perceptron(len(keep) + context_dimension, hidden, 2 * len(move))
 
     def _scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,8 @@ class SplineCoupling(Transform):
     ----------
     moved : Tensor of bool, (dimension,)
     circular : Tensor of bool, (dimension,)
-        True for angles in [-pi, pi); they enter the network as cos and sin and move by a spline of the circle and a turn.
+        True for angles in [-pi, pi); they enter the network as cos and sin and move by a spline of the circle and a
+        turn.
     context_dimension, bins, bound, hidden
         Splines have ``bins`` bins, on [-bound, bound] for the dimensions that are not circular.
     """
@@ -104,7 +106,7 @@ class SplineCoupling(Transform):
             "keep_real": keep[~circular[keep]],
             "keep_circular": keep[circular[keep]],
         }.items():
-            self.register_buffer(name, index, persistent=False)
+            self.register_buffer(name, index)
         real, turning = len(self.move_real), len(self.move_circular)
         self._sizes = [real * interval_parameters(bins), turning * circular_parameters(bins), turning]
         inputs = len(self.keep_real) + 2 * order * len(self.keep_circular) + context_dimension

@@ -19,9 +19,9 @@ from openmm_bg.flows.whitening import ConditionalAffine, ConditionalWhitening
 class Chart(nn.Module):
     """Internal coordinates q to (free torsions t, stiff coordinates y), a shear of unit Jacobian.
 
-    A stiff torsion is measured from its centre, in (-pi, pi). A rotor's torsion becomes the mean over its three hydrogens,
-    ``t = phi_1 + (d_2 + d_3) / 3`` with d the torsions of the two that hang on the first: relabelling them cyclically turns t by
-    exactly 2 pi / 3 and leaves its density alone.
+    A stiff torsion is measured from its centre, in (-pi, pi). A rotor's torsion becomes the mean over its three
+    hydrogens, ``t = phi_1 + (d_2 + d_3) / 3`` with d the torsions of the two that hang on the first: relabelling them
+    cyclically turns t by exactly 2 pi / 3 and leaves its density alone.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class Chart(nn.Module):
         siblings = torch.zeros(len(stiff), len(torsions))
         for torsion, (second, third) in rotors.items():
             for other in (second, third):
-                siblings[stiff.index(other), list(torsions).index(torsion)] = 1 / 3
+                siblings[stiff.index(other), list(torsions).index(torsion)] = 1
         periodic = torch.tensor([i in set(stiff_torsions) for i in stiff], dtype=torch.bool)
         self.register_buffer("free", torch.tensor(list(torsions), dtype=torch.long), persistent=False)
         self.register_buffer("stiff", torch.tensor(stiff, dtype=torch.long), persistent=False)
@@ -66,7 +66,7 @@ class Chart(nn.Module):
     def split(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """``(t, y)`` of shapes ``(batch, torsions)`` and ``(batch, stiff)``."""
         stiff = q[:, self.stiff]
-        t = wrap(q[:, self.free] + wrap(stiff) @ self.siblings)
+        t = wrap(q[:, self.free] + wrap(stiff) @ self.siblings / 3)
         return t, torch.where(self.periodic, wrap(stiff - self.centre), stiff)
 
     def join(self, t: Tensor, y: Tensor) -> Tensor:
@@ -74,16 +74,17 @@ class Chart(nn.Module):
         stiff = y + self.centre
         inside = ~(self.periodic & (y.abs() >= math.pi)).any(-1, keepdim=True)
         stiff = torch.where(self.periodic, wrap(stiff), stiff)
-        q = torch.cat([wrap(t - stiff @ self.siblings), stiff], -1)[:, self.order]
+        q = torch.cat([wrap(t - stiff @ self.siblings / 3), stiff], -1)[:, self.order]
         return torch.where(inside, q, math.nan)
 
 
 class MolecularFlow(Flow):
     """A flow shaped by chemistry: ``q(t) q(y | t)``, t the free torsions, y everything stiff.
 
-    Torsions follow :class:`SplineTorsions` (``torsion_model="spline"``) or :class:`AffineTorsions` (``"realnvp"``). The stiff
-    coordinates are regressed on cos and sin of the torsions and whitened (both fixed by data), then a conditional diagonal affine
-    map and RealNVP couplings with the torsions as context take out what is left. Starts as the fitted Gaussian.
+    Torsions follow :class:`SplineTorsions` (``torsion_model="spline"``) or :class:`AffineTorsions` (``"realnvp"``). The
+    stiff coordinates are regressed on cos and sin of the torsions and whitened (both fixed by data), then a conditional
+    diagonal affine map and RealNVP couplings with the torsions as context take out what is left. Starts as the fitted
+    Gaussian.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Monotone rational-quadratic splines, on an interval with identity tails and on the circle.
 
-The spline carries samples to latents: widths lie on the sample's axis, heights on the latent's, so that a bin's height is
-(up to 2 pi) the probability it holds. Formulas: Durkan et al., Neural Spline Flows (2019), section 3.1; the circle:
+The spline carries samples to latents: widths lie on the sample's axis, heights on the latent's, so that a bin's height
+is (up to 2 pi) the probability it holds. Formulas: Durkan et al., Neural Spline Flows (2019), section 3.1; the circle:
 Rezende et al., Normalizing Flows on Tori and Spheres (2020).
 """
 
@@ -88,8 +88,8 @@ def circular_spline(
 ) -> tuple[Tensor, Tensor]:
     """A smooth diffeomorphism of the circle that commutes with turns by 2 pi / multiplicity.
 
-    With multiplicity m the map is ``x -> (S(m x) + 2 pi k) / m`` where S is the spline on [-pi, pi) and k counts the turns
-    of m x: a density with the symmetry of an m-fold rotor, still one bijection of the circle.
+    With multiplicity m the map is ``x -> (S(m x) + 2 pi k) / m`` where S is the spline on [-pi, pi) and k counts the
+    turns of m x: a density with the symmetry of an m-fold rotor, still one bijection of the circle.
 
     Parameters
     ----------

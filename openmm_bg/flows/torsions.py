@@ -16,8 +16,8 @@ from openmm_bg.flows.coupling import AffineCoupling, alternating_masks
 class SplineTorsions(Flow):
     """Autoregressive circular splines over a uniform base.
 
-    The broadened copy mixes every conditional with the uniform density, ``(1 - share) q_i + share / 2 pi``: no torsion is
-    out of reach, and a torsion that is missed costs the same however many others there are.
+    The broadened copy mixes every conditional with the uniform density, ``(1 - share) q_i + share / 2 pi``: no torsion
+    is out of reach, and a torsion that is missed costs the same however many others there are.
 
     Parameters
     ----------

@@ -14,8 +14,8 @@ from openmm_bg.flows.networks import perceptron
 class ConditionalWhitening(Transform):
     """``y = c_0 + context c + W z``: a linear regression on the context and the square root of the residual covariance.
 
-    Both are found once from data (or set from a reference point) and are not trained. W is the symmetric (ZCA) root, which
-    keeps every latent close to the coordinate it stands for.
+    Both are found once from data (or set from a reference point) and are not trained. W is the symmetric (ZCA) root,
+    which keeps every latent close to the coordinate it stands for.
 
     Parameters
     ----------

@@ -234,7 +234,8 @@ class ReversePath:
 
 def _summary(log_w: Tensor) -> dict[str, float]:
     finite = log_w[torch.isfinite(log_w)]
-    return {"lost": float((~torch.isfinite(log_w)).float().mean()), "spread": float(finite.std())}
+    spread = float(finite.std()) if len(finite) > 1 else math.nan
+    return {"lost": float((~torch.isfinite(log_w)).float().mean()), "spread": spread}
 
 
 def check_needs(objectives: list[Objective], *, data: bool, energy: bool) -> None:

@@ -177,7 +177,7 @@ class Trainer:
         ends = _cumulative([stage.steps for stage in self.stages])
         bar = tqdm(
             total=self.total, initial=self.result.steps, desc="training", unit="step",
-            disable=not self.progress, dynamic_ncols=True, mininterval=1.0,
+            disable=None if self.progress else True, dynamic_ncols=True, mininterval=1.0,
         )  # fmt: skip
         try:
             while self.result.steps < self.total:
