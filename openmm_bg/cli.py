@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from openmm_bg.errors import InputError
 from openmm_bg.version import __version__
@@ -17,13 +19,20 @@ probability density, and molecular dynamics accepts or rejects them exactly.
 
   openmm-bg run alanine_dipeptide --output results/ala2     from nothing to an ensemble and report.html
   openmm-bg run my.pdb --temperature 310 --output results/mine
-  openmm-bg run alanine_dipeptide --output results/ala2 --resume
+  openmm-bg run my.pdb --output results/mine --resume
 """
 _EPILOG = """\
 A folder holds one run: molecule.pdb, system.xml, generator.bg, trajectory.dcd (MD with moves), moves.csv
 (every attempt), summary.json and report.html. A run that was stopped goes on with --resume.
 The steps of `run` can be taken one by one: simulate, train, sample, compare.
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence; the usage is what --help is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"openmm-bg: {message} (see `{self.prog} --help`).\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,66 +44,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"openmm-bg: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # whoever read the output has seen enough; nothing may be flushed into the closed pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        # a full disk, a folder without permission: nothing the user could read off a traceback
+        reason = error.strerror or type(error).__name__
+        place = "" if error.filename is None else f": {error.filename}"
+        print(f"openmm-bg: {reason}{place}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        folder = getattr(options, "output", None)
-        hint = f"; what is done is in {folder}, go on with --resume" if folder else ""
-        print(f"\nopenmm-bg: interrupted{hint}", file=sys.stderr)
+        print(f"\nopenmm-bg: interrupted{_hint(options)}.", file=sys.stderr)
         return 130
     return 0
 
 
+def _hint(options: argparse.Namespace) -> str:
+    if not hasattr(options, "output"):
+        return ""
+    again = "--resume" if hasattr(options, "resume") else "the same command"
+    return f"; what is done is in {options.output}, go on with {again}"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="openmm-bg", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"openmm_bg {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    run = commands.add_parser("run", help="from a molecule to an exact ensemble and a report, all steps")
-    _begin(run)
-    run.set_defaults(do=_start, last="report")
-    first = commands.add_parser("simulate", help="the first step alone: data by replica exchange, and plain MD")
-    _begin(first)
-    first.set_defaults(do=_start, last="simulate")
-    for step, purpose in {
-        "train": "the second step: a generator from the data of a folder",
-        "sample": "the third step: draws with weights, and MD with moves",
-        "compare": "the last step: summary.json and report.html",
-    }.items():
-        command = commands.add_parser(step, help=purpose, description=purpose)
+    for step, last, purpose in (
+        ("run", "report", "from a molecule to an exact ensemble and a report, all steps"),
+        ("simulate", "simulate", "the first step alone: data by replica exchange, and plain MD"),
+    ):
+        command = commands.add_parser(step, help=purpose, description=purpose, allow_abbrev=False)
+        _begin(command)
+        command.set_defaults(do=_start, last=last)
+    for step, last, purpose in (
+        ("train", "train", "the second step: a generator from the data of a folder"),
+        ("sample", "sample", "the third step: draws with weights, and MD with moves"),
+        ("compare", "report", "the last step: summary.json and report.html"),
+    ):
+        command = commands.add_parser(step, help=purpose, description=purpose, allow_abbrev=False)
         command.add_argument("--output", required=True, metavar="DIR", help="the folder of a run that was begun")
         command.add_argument("--quiet", action="store_true", help="no progress bars")
-        command.set_defaults(do=_continue, last="report" if step == "compare" else step)
-    listing = commands.add_parser("systems", help="the molecules and densities that are known by name")
-    listing.set_defaults(do=_systems)
+        command.set_defaults(do=_continue, first=step, last=last)
+    purpose = "the molecules and densities that are known by name"
+    commands.add_parser("systems", help=purpose, description=purpose).set_defaults(do=_systems)
     return parser
 
 
 def _begin(parser: argparse.ArgumentParser) -> None:
-    from_here = parser.add_argument_group("what")
-    from_here.add_argument("molecule", help="a name (see `openmm-bg systems`) or a PDB file with all hydrogens")
-    from_here.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
-    from_here.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    from_here.add_argument("--temperature", type=float, metavar="K", help="default: the molecule's, 300")
-    from_here.add_argument(
+    what = parser.add_argument_group("what")
+    what.add_argument("molecule", help="a name (see `openmm-bg systems`) or a PDB file with all hydrogens")
+    what.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
+    what.add_argument(
+        "--resume", action="store_true", help="go on with the run in the folder, or begin it where there is none"
+    )
+    what.add_argument("--temperature", type=float, metavar="K", help="default: the molecule's, 300")
+    what.add_argument(
         "--forcefield",
         nargs="+",
         metavar="XML",
-        help="OpenMM force field files (default amber99sbildn.xml amber99_obc.xml)",
+        help="OpenMM force field files for a PDB file (default amber99sbildn.xml amber99_obc.xml)",
     )
     how = parser.add_argument_group("how much")
     how.add_argument("--seed", type=int, metavar="N")
     how.add_argument("--flow", choices=("spline", "realnvp"))
     how.add_argument("--exchange-iterations", type=int, metavar="N", help="replica exchange, 500 steps each")
+    how.add_argument("--highest-temperature", type=float, metavar="K", help="of the replica exchange (default 1000)")
     how.add_argument("--likelihood-steps", type=int, metavar="N", help="training on the data")
     how.add_argument("--training-steps", type=int, metavar="N", help="training on the energy")
     how.add_argument("--md-steps", type=int, metavar="N", help="plain MD to compare with")
     how.add_argument("--production-steps", type=int, metavar="N", help="MD with moves")
-    how.add_argument("--proposals-per-iteration", type=int, metavar="N", help="moves tried every 500 steps")
+    how.add_argument("--steps-per-iteration", type=int, metavar="N", help="MD between series of moves (default 500)")
+    how.add_argument("--proposals-per-iteration", type=int, metavar="N", help="moves in one series (default 10)")
     how.add_argument("--samples", type=int, metavar="N", help="independent draws of the generator")
     how.add_argument(
         "--rehearsal",
         action="store_true",
-        help="every step in about a minute, to see that all works; its numbers mean little",
+        help="every step in well under a minute, to see that all works; its numbers mean little",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -102,23 +131,30 @@ def _begin(parser: argparse.ArgumentParser) -> None:
 def _start(options: argparse.Namespace, command: str) -> None:
     from openmm_bg import workflow
 
-    settings = workflow.RunSettings.rehearsal() if options.rehearsal else workflow.RunSettings()
-    names = {field.name for field in dataclasses.fields(settings)}
-    chosen = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    settings = dataclasses.replace(settings, **chosen)
-    forcefield = {} if options.forcefield is None else {"forcefield": tuple(options.forcefield)}
     with workflow.Run.start(
-        options.molecule, options.output, settings, resume=options.resume, command=command,
-        say=_say, progress=not options.quiet, **forcefield,
+        options.molecule, options.output, _settings(options),
+        forcefield=None if options.forcefield is None else tuple(options.forcefield), resume=options.resume,
+        command=command, say=_say, progress=not options.quiet,
     ) as run:  # fmt: skip
         run.run(options.last)
+
+
+def _settings(options: argparse.Namespace) -> Any:
+    """What was asked for; None where nothing was, so that a run that is resumed keeps its own."""
+    from openmm_bg.run_settings import RunSettings
+
+    names = {field.name for field in dataclasses.fields(RunSettings)}
+    chosen = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    if not chosen and not options.rehearsal:
+        return None
+    return dataclasses.replace(RunSettings.rehearsal() if options.rehearsal else RunSettings(), **chosen)
 
 
 def _continue(options: argparse.Namespace, command: str) -> None:
     from openmm_bg import workflow
 
     with workflow.Run.open(options.output, say=_say, progress=not options.quiet) as run:
-        run.run(options.last)
+        run.run(options.last, options.first)
 
 
 def _systems(options: argparse.Namespace, command: str) -> None:
@@ -126,7 +162,7 @@ def _systems(options: argparse.Namespace, command: str) -> None:
 
     width = max(map(len, systems.names()))
     for name in systems.names():
-        print(f"{name:{width}}  {systems.describe(name)}")
+        _say(f"{name:{width}}  {systems.describe(name)}")
 
 
 def _say(line: str) -> None:

@@ -1,378 +1,284 @@
-"""What a run shows: the numbers of summary.json, and report.html."""
+"""The page of a run: report.html."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from openmm import app
 
 from openmm_bg.analysis import (
     Card,
-    Chain,
     Comparison,
     Figure,
-    Population,
     Status,
     Summary,
     Table,
     acceptance_trace,
-    backbone_dihedrals,
-    compare,
-    effective_sample_size,
     energy_histograms,
     format_value,
     indicator_autocorrelation,
     log_weight_histogram,
     phi_profile,
-    populations,
     ramachandran_maps,
     report,
     to_svg,
     training_curves,
 )
+from openmm_bg.run_results import Results, is_good, verdict
 
-
-@dataclass
-class Material:
-    """The products of a run's steps; positions in nm, energies in kT.
-
-    Attributes
-    ----------
-    record : dict
-        run.json.
-    topology : openmm.app.Topology
-    md, exchange, chain : ndarray, (frames, atoms, 3)
-        Plain MD, the lowest temperature of the replica exchange, and MD with moves after each iteration.
-    samples : ndarray, (n, atoms, 3)
-        The generator's draws; rows of NaN where they fell outside the support.
-    log_weights, held_out_log_weights : ndarray
-        -u - log_prob of the draws, and of frames that training never saw.
-    accepted : ndarray of str
-        Rows of moves.csv.
-    training : list of dict
-        Records of training.jsonl.
-    quality : dict
-        ESS, acceptance, forward figure and so on.
-    """
-
-    record: dict[str, Any]
-    topology: app.Topology
-    md: np.ndarray
-    md_energy: np.ndarray
-    exchange: np.ndarray
-    exchange_energy: np.ndarray
-    samples: np.ndarray
-    sample_energy: np.ndarray
-    log_weights: np.ndarray
-    held_out_log_weights: np.ndarray
-    chain: np.ndarray
-    chain_energy: np.ndarray
-    accepted: np.ndarray
-    training: list[dict[str, Any]]
-    quality: dict[str, Any]
-
-
-@dataclass
-class Results:
-    """Everything measured once, for the summary and for the page."""
-
-    material: Material
-    comparison: Comparison
-    against_exchange: Comparison
-    populations: dict[str, tuple[Population, ...]]
-    angles: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]
-    chains: dict[str, Chain]
-    efficiency: dict[str, dict[str, float]]
-    summary: dict[str, Any]
-
-
-def measure(material: Material) -> Results:
-    """Compare MD with moves to plain MD and to replica exchange, and weigh what everything cost."""
-    m, topology = material, material.topology
-    inside = np.isfinite(m.log_weights)
-    weights = np.exp(m.log_weights[inside] - m.log_weights[inside].max())
-    angles: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
-    for name, positions, w in (
-        ("MD", m.md, None),
-        ("replica exchange", m.exchange, None),
-        ("generator", m.samples[inside], None),
-        ("reweighted", m.samples[inside], weights),
-        ("MD with moves", m.chain, None),
-    ):
-        backbone = backbone_dihedrals(positions, topology)
-        angles[name] = (backbone.phi[:, 0], backbone.psi[:, 0], w)
-    shared = {"topology": topology, "n": min(2000, len(m.md) // 2, len(m.chain), len(m.exchange) // 2)}
-    comparison = compare(
-        m.md, m.chain, reference_energies=m.md_energy, sample_energies=m.chain_energy, **shared
-    )  # fmt: skip
-    against_exchange = compare(
-        m.exchange, m.chain, reference_energies=m.exchange_energy, sample_energies=m.chain_energy, **shared
-    )  # fmt: skip
-    settings, steps = m.record["settings"], m.record["steps"]
-    per_iteration = settings["steps_per_iteration"] + settings["proposals_per_iteration"]
-    chains = {
-        "MD": Chain((angles["MD"][0] > 0).astype(float), settings["steps_per_iteration"]),
-        "MD with moves": Chain((angles["MD with moves"][0] > 0).astype(float), per_iteration),
-    }
-    preparation = (
-        steps["simulate"]["exchange_evaluations"]
-        + steps["simulate"]["burst_evaluations"]
-        + steps["train"]["evaluations"]
-    )
-    efficiency = _efficiency(chains, preparation)
-    pops = {name: populations(phi, psi, w) for name, (phi, psi, w) in angles.items()}
-    proposed, accepted = steps["sample"]["proposed"], steps["sample"]["accepted"]
-    summary = {
-        "molecule": m.record["name"],
-        "temperature_K": m.record["temperature"],
-        "generator": {key: _plain(value) for key, value in m.quality.items()},
-        "moves": {
-            "proposed": proposed,
-            "accepted": accepted,
-            "acceptance": accepted / proposed,
-            "refused": steps["sample"]["refused"],
-        },
-        "left_handed_share": {name: {"value": p.value, "error": _plain(p.error)} for name, (*_, p) in pops.items()},
-        "phi_above_zero": efficiency,
-        "against_md": comparison.to_dict(),
-        "against_replica_exchange": against_exchange.to_dict(),
-        "cost": {
-            "force_evaluations": {
-                "replica exchange": steps["simulate"]["exchange_evaluations"],
-                "bursts": steps["simulate"]["burst_evaluations"],
-                "training": steps["train"]["evaluations"],
-                "plain MD": steps["simulate"]["md_evaluations"],
-                "MD with moves": steps["sample"]["md_steps"] + proposed,
-            },
-            "seconds": {name: step["seconds"] for name, step in steps.items()},
-        },
-        "settings": settings,
-        "versions": m.record["versions"],
-        "system_sha256": m.record["system_sha256"],
-        "generator_sha256": steps["train"]["sha256"],
-        "command": m.record["command"],
-    }
-    return Results(m, comparison, against_exchange, pops, angles, chains, efficiency, summary)
-
-
-def _efficiency(chains: dict[str, Chain], preparation: int) -> dict[str, dict[str, float]]:
-    """Effective samples of the indicator phi > 0, per force evaluation."""
-    result: dict[str, dict[str, float]] = {}
-    for name, chain in chains.items():
-        series = np.asarray(chain.series)
-        evaluations = series.size * chain.evaluations_per_frame
-        size = effective_sample_size(series)
-        result[name] = {
-            "effective_samples": size,
-            "transitions": int(np.count_nonzero(np.diff(series))),
-            "force_evaluations": evaluations,
-            "per_million_evaluations": 1e6 * size / evaluations,
-        }
-    moves = result["MD with moves"]
-    everything = moves["force_evaluations"] + preparation
-    moves["per_million_evaluations_with_training"] = 1e6 * moves["effective_samples"] / everything
-    return result
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def headline(results: Results) -> str:
-    """A few lines for the terminal."""
-    q, moves = results.material.quality, results.summary["moves"]
-    return "\n".join(
-        [
-            "",
-            f"{verdict(results)}",
-            f"  generator: ESS {100 * q['ess']:.1f} % of {q['n']} draws, forward figure {100 * q['forward']:.1f} % and "
-            f"largest log p/q {q['largest_log_ratio']:.1f} on {q['held_out_frames']} held-out frames",
-            f"  moves: {moves['accepted']} of {moves['proposed']} accepted ({100 * moves['acceptance']:.1f} %), "
-            f"{moves['refused']} refused",
-            f"  φ > 0: {_efficiency_text(results)}",
-        ]
-    )
-
-
-def verdict(results: Results) -> str:
-    """One sentence: whether MD with moves agrees with its references."""
-    md, exchange = results.comparison.agrees, results.against_exchange.agrees
-    if md and exchange:
-        return "MD with moves agrees with plain MD and with replica exchange within their errors."
-    if exchange:
-        return "MD with moves agrees with replica exchange within its error; " + _lower(results.comparison.verdict)
-    return "MD with moves differs from replica exchange: " + _lower(results.against_exchange.verdict)
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
-
-
-def _efficiency_text(results: Results) -> str:
-    md, moves = results.efficiency["MD"], results.efficiency["MD with moves"]
-    text = f"{moves['per_million_evaluations']:.3g} effective samples per million force evaluations with moves"
-    if md["transitions"] < 10:
-        return f"{text}; plain MD made {md['transitions']} transitions, too few to say"
-    return f"{text}, {md['per_million_evaluations']:.3g} without"
+_LOSS = "mean -log q"
+_LOWEST, _HIGHEST = -2.0, 12.0  # kT; what lies beyond in a profile is noise of single draws
+_DISTANCE = ("distance", "value", "floor", "debiased", "n", "verdict")
+_POPULATION = ("population, %", "reference", "MD with moves", "difference", "verdict")
 
 
 def write(path: Path, results: Results) -> None:
-    """report.html."""
-    m, q, summary = results.material, results.material.quality, results.summary
-    agrees = results.comparison.agrees and results.against_exchange.agrees
-    md, moves = results.efficiency["MD"], results.efficiency["MD with moves"]
-    left = {name: p[-1] for name, p in results.populations.items()}
-    cards = [
-        Card("Effective sample size", f"{100 * q['ess']:.1f} %", f"of {q['n']:,} independent draws, nothing clipped"),
-        Card("Accepted moves", f"{100 * summary['moves']['acceptance']:.1f} %", f"of {summary['moves']['proposed']:,}"),
-        Card(
-            "Forward figure", f"{100 * q['forward']:.1f} %",
-            f"on {q['held_out_frames']:,} held-out frames; largest log p/q {q['largest_log_ratio']:.1f}",
-        ),
-        Card(
-            "Effective samples of φ > 0", f"{moves['per_million_evaluations']:,.0f}",
-            f"per million force evaluations; plain MD {md['per_million_evaluations']:.2g} from {md['transitions']} transitions",
-        ),
-    ]  # fmt: skip
-    head = Summary(
-        verdict(results),
-        Status.GOOD if agrees else Status.CAUTION,
-        f"{m.record['description']} at {m.record['temperature']:g} K. Molecular dynamics and Boltzmann generator moves ran "
-        f"together: every {summary['settings']['steps_per_iteration']} steps the generator proposed "
-        f"{summary['settings']['proposals_per_iteration']} whole conformations, each accepted or rejected exactly.",
-        cards,
-    )
+    """Write report.html."""
+    status = Status.GOOD if is_good(results) else Status.CAUTION
+    summary = Summary(verdict(results), status, " ".join(_lead(results)), _cards(results))
     report(
-        path, title=f"{m.record['name']}: molecular dynamics with generator moves", summary=head,
-        figures=_figures(results), tables=_tables(results, left), notes=_notes(results),
-        provenance=_provenance(results),
+        path, title=f"{results.material.record['name']}: molecular dynamics with generator moves", summary=summary,
+        figures=_figures(results), tables=_tables(results), notes=_notes(results), provenance=_provenance(results),
     )  # fmt: skip
 
 
-def _figures(results: Results) -> list[Figure]:
-    m, angles = results.material, results.angles
-    maps = {name: angles[name] for name in ("MD", "generator", "reweighted", "MD with moves")}
-    profiles = {
-        name: (angles[name][0], angles[name][2]) for name in ("MD", "replica exchange", "reweighted", "MD with moves")
-    }
-    inside = np.isfinite(m.log_weights)
-    weights = np.exp(m.log_weights[inside] - m.log_weights[inside].max())
-    energies = {
-        "MD": (m.md_energy, None),
-        "generator": (m.sample_energy[inside], None),
-        "reweighted": (m.sample_energy[inside], weights),
-        "MD with moves": (m.chain_energy, None),
-    }
-    # the first column of words in moves.csv says what became of the attempt
-    accepted = m.accepted[:, 2].astype(float) > 0
+def _lead(results: Results) -> list[str]:
+    record = results.material.record
+    settings = record["settings"]
+    text = [
+        f"{record['description'].rstrip('.')}, at {record['temperature']:g} K.",
+        f"Molecular dynamics and Boltzmann generator moves ran together: every {settings['steps_per_iteration']} steps "
+        f"the generator proposed {settings['proposals_per_iteration']} whole conformations, each accepted or rejected "
+        "exactly.",
+    ]
+    if results.is_short:
+        text.append("This run is far shorter than usual: it shows that everything works, and its numbers mean little.")
+    return text
+
+
+def _cards(results: Results) -> list[Card]:
+    q, summary = results.material.quality, results.summary
+    md, moves = (results.efficiency[results.key][name] for name in ("MD", "MD with moves"))
+    without = f"plain MD {format_value(md['per_million_evaluations'])}"
+    if results.residues:
+        without += f" from {md['transitions']} transitions"
+    reached = np.isfinite(q["largest_log_ratio"])
+    largest = f"largest log p/q {format_value(q['largest_log_ratio'])}" if reached else "some of them are out of reach"
     return [
-        Figure(
-            "Where the molecule is", to_svg(ramachandran_maps(maps), "rama"),
-            "Free energy over the backbone torsions φ and ψ. Plain MD; the generator's own draws; the same draws with their exact "
-            "weights; MD with generator moves.", wide=True,
+        Card("Effective sample size", f"{100 * q['ess']:.1f} %", f"of {q['n']:,} independent draws, nothing clipped"),
+        Card(
+            "The same seen from the target", f"{100 * q['forward']:.1f} %",
+            f"1/E[p/q] on {q['held_out_frames']:,} held-out frames; {largest}",
         ),
-        Figure(
-            "Free energy along φ", to_svg(phi_profile(profiles), "phi"),
-            "With one-sigma bands from block bootstrap. Plain MD cannot tell the depth of φ > 0 until it has crossed the barrier "
-            "many times.", wide=True,
+        Card("Accepted moves", f"{100 * summary['moves']['acceptance']:.1f} %", f"of {summary['moves']['proposed']:,}"),
+        Card(
+            f"Effective samples of {results.observable}",
+            f"{moves['per_million_evaluations']:,.0f}" if moves["effective_samples"] else "none seen",
+            f"per million force evaluations of MD with moves; {without}",
         ),
+    ]  # fmt: skip
+
+
+def _figures(results: Results) -> list[Figure]:
+    m, ensembles = results.material, results.ensembles
+    figures: list[Figure] = []
+    shown = [name for name in ("MD", "generator", "reweighted", "MD with moves") if results.is_shown(name)]
+    profiled = [name for name in ("MD", "replica exchange", "reweighted", "MD with moves") if results.is_shown(name)]
+    whole = results.is_shown("reweighted")
+    again = " the same draws with their exact weights;" if whole else ""
+    left_out = "" if whole else " Reweighted draws are left out: a handful of them holds all the weight."
+    for k, residue in enumerate(results.residues):
+        maps = {name: (*ensembles[name].backbone.pair(k).T, ensembles[name].weights) for name in shown}
+        figures.append(Figure(
+            "Where the molecule is" if len(results.residues) == 1 else f"Where {residue} is",
+            to_svg(ramachandran_maps(maps), f"rama{k}"),
+            f"Free energy over the backbone torsions φ and ψ. Plain MD; the generator's own draws;{again} MD with "
+            f"generator moves.{left_out}", wide=True,
+        ))  # fmt: skip
+    for k, residue in enumerate(results.residues):
+        profile = phi_profile({
+            name: (ensembles[name].backbone.phi[:, k], ensembles[name].weights)
+            for name in profiled
+        })  # fmt: skip
+        axes = profile.axes[0]
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, _LOWEST), min(high, _HIGHEST))
+        figures.append(Figure(
+            "Free energy along φ" if len(results.residues) == 1 else f"Free energy along φ of {residue}",
+            to_svg(profile, f"phi{k}"),
+            "With one-sigma bands from block bootstrap. A simulation cannot tell the depth of φ > 0 until it has "
+            "crossed the barrier many times.",
+        ))  # fmt: skip
+    energies = {name: (ensembles[name].energy, ensembles[name].weights) for name in shown}
+    figures += [
         Figure(
             "Potential energy", to_svg(energy_histograms(energies), "energy"),
-            "In kT. The generator's draws before and after reweighting, beside both simulations.",
+            "In kT. The generator's draws" + (" before and after reweighting" if whole else "")
+            + ", beside both simulations.",
         ),
         Figure(
             "Weights", to_svg(log_weight_histogram(m.log_weights, m.held_out_log_weights), "weights"),
-            "log p/q on the generator's draws, and on frames of the target that training never saw. The right end of the second is "
-            "what an independence chain can get stuck in.",
+            "log p/q on the generator's draws, and on frames of the target that training never saw. The right end of "
+            "the second is what an independence chain can get stuck in.",
         ),
         Figure(
-            "Memory of φ > 0", to_svg(indicator_autocorrelation(results.chains), "acf"),
-            "Autocorrelation of the indicator φ > 0 against force evaluations, proposals included.",
-        ),
-        Figure(
-            "Acceptance and effective samples", to_svg(acceptance_trace(accepted, results.chains), "acceptance"),
-            "Running acceptance of the moves, and effective samples of φ > 0 as force evaluations are spent.",
-        ),
-        Figure(
-            "Training", to_svg(training_curves(m.training, losses=_losses(m.training)), "training"),
-            "Losses, and the effective sample size on samples drawn for validation alone.", wide=True,
+            "Acceptance and effective samples", to_svg(acceptance_trace(m.accepted, results.chains), "acceptance"),
+            f"Running acceptance of the moves, and effective samples of {results.observable} as force evaluations are "
+            "spent.",
         ),
     ]  # fmt: skip
+    if any(np.ptp(np.asarray(chain.series)) > 0 for chain in results.chains.values()):
+        figures.append(Figure(
+            f"Memory of {results.observable}",
+            to_svg(indicator_autocorrelation(results.chains, label=results.observable), "acf"),
+            f"Autocorrelation of {results.observable} against force evaluations, proposals included.",
+        ))  # fmt: skip
+    training = _training_figure(m.training)
+    return figures if training is None else [*figures, training]
 
 
-def _losses(records: list[dict[str, Any]]) -> list[str]:
-    return [name for name in ("nll", "log_variance") if any(name in record for record in records)]
+def _training_figure(records: list[dict[str, Any]]) -> Figure | None:
+    """The losses of each stage by name: likelihood means another thing in the second stage than in the first."""
+    curves = []
+    for record in records:
+        curve: dict[str, Any] = {key: record[key] for key in ("seconds", "ess") if key in record}
+        if record["stage"] == "likelihood":
+            curve[_LOSS] = record["nll"]
+        elif "log_variance" in record:
+            curve["var log w"] = record["log_variance"]
+        curves.append(curve)
+    losses = [name for name in (_LOSS, "var log w") if any(name in curve for curve in curves)]
+    if not losses:
+        return None
+    drawn = training_curves(curves, losses=losses, ess="ess" if any("ess" in curve for curve in curves) else None)
+    for axes in drawn.axes:
+        for line in axes.lines:
+            if len(line.get_xdata()) < 10:
+                line.set_marker("o")
+    return Figure(
+        "Training", to_svg(drawn, "training"),
+        "The mean of -log q over the data while it learns from them; the variance of log w about its middle while it "
+        "learns from the energy; the effective sample size on draws for validation alone.",
+    )  # fmt: skip
 
 
-def _tables(results: Results, left: dict[str, Population]) -> list[Table]:
-    summary = results.summary
-    q = results.material.quality
-    cost = summary["cost"]
-    rows = []
-    for name, pops in results.populations.items():
-        rows.append(
-            (name, *(format_value(100 * p.value, 100 * p.error) for p in pops), f"{left[name].effective_samples:.0f}")
+def _tables(results: Results) -> list[Table]:
+    tables = []
+    if results.residues:
+        tables += [_populations(results), _crossings(results)]
+    for name, comparison, caption in (
+        ("plain MD", results.against_md,
+         "The floor is the same distance between two blocked halves of the reference, at the same number of points: "
+         "nothing below it can be told apart."),
+        ("replica exchange", results.against_exchange,
+         "The exchange also supplied the training data; MD with moves is exact whatever the training was."),
+    ):  # fmt: skip
+        tables += _comparison(name, comparison, caption)
+    return [*tables, _generator(results.material.quality), _cost(results)]
+
+
+def _populations(results: Results) -> Table:
+    rows = [
+        (
+            name if len(results.residues) == 1 else f"{residue}, {name}",
+            *(format_value(100 * p.value, 100 * p.error) for p in ensemble.populations[k]),
+            f"{ensemble.size[k]:,.0f}",
         )
-    names = [p.name for p in next(iter(results.populations.values()))]
-    return [
-        Table(
-            "Populations, %", ("ensemble", *names, "effective samples of φ > 0"), rows,
-            "Errors from the statistical inefficiency; '?' where a run never crossed and so measured no error.",
-        ),
-        Table(
-            "MD with moves against plain MD", ("distance", "value", "floor", "debiased", "n", "verdict"),
-            results.comparison.distance_rows(),
-            "The floor is the same distance between two blocked halves of the reference, at the same number of points: nothing "
-            "below it can be told apart.",
-        ),
-        Table(
-            "MD with moves against replica exchange", ("distance", "value", "floor", "debiased", "n", "verdict"),
-            results.against_exchange.distance_rows(),
-            "The exchange also supplied the training data; MD with moves is exact whatever the training was.",
-        ),
-        Table(
-            "The generator", ("figure", "value"),
-            [
-                ("effective sample size, unclipped", f"{100 * q['ess']:.2f} % of {q['n']:,}"),
-                ("the same with the top 1e-4 clipped", f"{100 * q['ess_clipped']:.2f} %"),
-                ("stationary acceptance of an independence chain", f"{100 * q['acceptance']:.2f} %"),
-                ("forward figure 1/E_p[p/q]", f"{100 * q['forward']:.2f} % on {q['held_out_frames']:,} held-out frames"),
-                ("largest log p/q on held-out frames", f"{q['largest_log_ratio']:.2f}"),
-                ("log Z", format_value(q["log_z"], q["log_z_error"])),
-            ],
-        ),
-        Table(
-            "What it cost", ("step", "force or energy evaluations", "seconds"),
-            [
-                ("replica exchange", f"{cost['force_evaluations']['replica exchange']:,}", ""),
-                ("bursts", f"{cost['force_evaluations']['bursts']:,}", ""),
-                ("plain MD, for comparison", f"{cost['force_evaluations']['plain MD']:,}", ""),
-                ("simulate, all three", "", f"{cost['seconds']['simulate']:.0f}"),
-                ("train", f"{cost['force_evaluations']['training']:,}", f"{cost['seconds']['train']:.0f}"),
-                ("sample: draws, and MD with moves", f"{cost['force_evaluations']['MD with moves']:,}",
-                 f"{cost['seconds']['sample']:.0f}"),
-            ],
-            "Effective samples of φ > 0 per million evaluations with training and its data included: "
-            f"{results.efficiency['MD with moves']['per_million_evaluations_with_training']:.3g}.",
-        ),
-    ]  # fmt: skip
+        for k, residue in enumerate(results.residues)
+        for name, ensemble in results.ensembles.items()
+        if results.is_shown(name)
+    ]
+    names = [p.name for p in results.ensembles["MD"].populations[0]]
+    return Table(
+        "Populations, %", ("ensemble", *names, "effective samples"), rows,
+        "Errors from the statistical inefficiency; '?' where a run never crossed and so measured no error. Effective "
+        "samples are those of φ > 0 in a simulation, and of draws their number, or Kish's size of their weights.",
+    )  # fmt: skip
+
+
+def _crossings(results: Results) -> Table:
+    rows = [
+        (
+            name if len(results.residues) == 1 else f"{residue}, {name}",
+            f"{entry['transitions']:,}",
+            format_value(entry["effective_samples"]),
+            f"{entry['force_evaluations']:,}",
+            format_value(entry["per_million_evaluations"]),
+        )
+        for residue, entries in results.efficiency.items()
+        for name, entry in entries.items()
+    ]
+    columns = ("simulation", "transitions", "effective samples", "force evaluations", "samples per million")
+    return Table("Crossings of φ = 0", columns, rows, "Training and its data are not in this table; below, they are.")
+
+
+def _comparison(name: str, comparison: Comparison, caption: str) -> list[Table]:
+    tables = [Table(f"MD with moves against {name}", _DISTANCE, comparison.distance_rows(), caption)]
+    if comparison.populations:
+        tables.append(Table(f"Populations against {name}", _POPULATION, comparison.population_rows()))
+    return tables
+
+
+def _generator(q: dict[str, Any]) -> Table:
+    rows = [
+        ("effective sample size, unclipped", f"{100 * q['ess']:.2f} % of {q['n']:,}"),
+        ("the same with the largest 0.01 % of the weights clipped", f"{100 * q['ess_clipped']:.2f} %"),
+        ("stationary acceptance of an independence chain", f"{100 * q['acceptance']:.2f} %"),
+        ("forward figure 1/E[p/q]", f"{100 * q['forward']:.2f} % on {q['held_out_frames']:,} held-out frames"),
+        ("largest log p/q on held-out frames", format_value(q["largest_log_ratio"])),
+        ("log Z", format_value(q["log_z"], q["log_z_error"])),
+    ]
+    return Table("The generator", ("figure", "value"), rows)
+
+
+def _cost(results: Results) -> Table:
+    cost = results.summary["cost"]
+    evaluations = {name: f"{count:,}" for name, count in cost["force_evaluations"].items()}
+    seconds = {
+        name: f"{value:,.0f}" + (", last leg" if name in cost["resumed"] else "")
+        for name, value in cost["seconds"].items()
+    }
+    moves = results.efficiency[results.key]["MD with moves"]
+    return Table(
+        "What it cost", ("step", "force or energy evaluations", "seconds"),
+        [
+            ("replica exchange", evaluations["replica exchange"], ""),
+            ("bursts", evaluations["bursts"], ""),
+            ("plain MD, for comparison", evaluations["plain MD"], ""),
+            ("simulate, all three", "", seconds["simulate"]),
+            ("train", evaluations["training"], seconds["train"]),
+            ("sample: draws, and MD with moves", evaluations["MD with moves"], seconds["sample"]),
+        ],
+        f"Effective samples of {results.observable} per million evaluations of MD with moves, with training and its "
+        f"data included: {format_value(moves['per_million_evaluations_with_training'])}.",
+    )  # fmt: skip
 
 
 def _notes(results: Results) -> list[str]:
-    return [
+    notes = [
         "The moves are exact; the dynamics beside them keeps the error of its 1 fs time step, as does plain MD.",
-        "The effective sample size of the draws cannot see what the generator never makes. The forward figure on frames of the target can, as far as "
-        "those frames reach.",
-        "Peptide bonds may turn cis only as far as training data or the broadened torsions reach them; chirality and hydrogen labels are kept by "
-        "construction.",
-        "Plain MD here is short. Where it made few transitions its own populations are not evidence, and the replica exchange is the better reference.",
+        "The effective sample size of the draws cannot see what the generator never makes. The forward figure on "
+        "frames of the target can, as far as those frames reach.",
+        "Peptide bonds may turn cis only as far as training data or the broadened torsions reach them; chirality and "
+        "hydrogen labels are kept by construction.",
     ]
+    if results.residues:
+        notes.append(
+            "Plain MD here is short. Where it made few transitions its own populations are not evidence, and the "
+            "replica exchange is the better reference."
+        )
+    else:
+        notes.append(
+            "No residue of this molecule has both φ and ψ: the ensembles were compared by their potential energies "
+            "alone."
+        )
+    if len(results.residues) > 1:
+        notes.append(
+            f"Of the residues that crossed φ = 0 at all, {results.key} gave the fewest effective samples: the figures "
+            "follow it."
+        )
+    return notes
 
 
 def _provenance(results: Results) -> dict[str, str]:

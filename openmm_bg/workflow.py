@@ -2,7 +2,8 @@
 
     prepare -> simulate -> train -> sample -> compare -> report
 
-Every step leaves its product in the folder and is recorded in ``run.json`` once it is whole, so a run that was killed goes on where it was.
+Every step leaves its product in the folder and is recorded in ``run.json`` once it is whole, so a run that was
+killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import mdtraj
 import numpy as np
 import openmm
 import torch
@@ -31,90 +33,30 @@ from openmm_bg import run_report, systems
 from openmm_bg.app import BoltzmannGeneratorSampler
 from openmm_bg.errors import InputError
 from openmm_bg.generator import BoltzmannGenerator
-from openmm_bg.generator_file import write_atomically
+from openmm_bg.generator_file import refuse_code, write_atomically
+from openmm_bg.run_material import Material
+from openmm_bg.run_results import Results, headline, measure
+from openmm_bg.run_settings import RunSettings, split_frames
 from openmm_bg.sampling import (
     ReplicaExchangeResult,
     Trajectory,
     bursts,
-    effective_sample_size,
     fastest_platform,
-    forward_effective_sample_size,
     geometric_temperatures,
-    independence_acceptance,
-    largest_log_ratio,
-    log_normalizer,
     replica_exchange,
     simulate,
 )
 from openmm_bg.systems import Molecule
+from openmm_bg.units import nanometers
 from openmm_bg.version import __version__
 
 STEPS = ("prepare", "simulate", "train", "sample", "compare", "report")
 _TIMESTEP = 0.001
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """How much of everything a run does.
-
-    Attributes
-    ----------
-    temperature : float or None
-        K; None for the molecule's own.
-    flow : str
-        "spline" or "realnvp".
-    exchange_iterations, replicas, highest_temperature
-        Replica exchange for the training data: iterations of 500 steps, each a frame, on a ladder of temperatures.
-    held_out : float
-        Share of the exchange's frames, the last ones, that training never sees.
-    bursts : int
-        Short runs from every training frame.
-    likelihood_steps, training_steps : int
-        On the data, then on the energy.
-    md_steps : int
-        Plain MD to compare with, 1 fs each.
-    production_steps, steps_per_iteration, proposals_per_iteration
-        MD with moves.
-    samples : int
-        Independent draws of the generator.
-    seed : int
-    """
-
-    temperature: float | None = None
-    flow: str = "spline"
-    exchange_iterations: int = 2400
-    replicas: int = 6
-    highest_temperature: float = 1000.0
-    held_out: float = 0.2
-    bursts: int = 16
-    likelihood_steps: int = 400
-    training_steps: int = 8000
-    md_steps: int = 2_000_000
-    production_steps: int = 1_000_000
-    steps_per_iteration: int = 500
-    proposals_per_iteration: int = 10
-    samples: int = 100_000
-    seed: int = 2026
-
-    @classmethod
-    def rehearsal(cls) -> RunSettings:
-        """Every step in about a minute: to see that all works. Its numbers mean little."""
-        return cls(
-            exchange_iterations=40, replicas=4, bursts=4, likelihood_steps=60, training_steps=60, md_steps=20_000,
-            production_steps=5_000, steps_per_iteration=100, proposals_per_iteration=5, samples=2_000,
-        )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                if field.name in ("seed", "likelihood_steps") and value == 0:
-                    continue
-                raise InputError(f"{field.name} must be a positive whole number, not {value!r}.")
-        if not 0 < self.held_out < 1:
-            raise InputError(f"held_out must lie between 0 and 1, not {self.held_out}.")
-        if self.flow not in ("spline", "realnvp"):
-            raise InputError(f"flow must be 'spline' or 'realnvp', not {self.flow!r}.")
+_LOCK = ".lock"
+_RECORD = {
+    "source": str, "name": str, "description": str, "forcefield": list, "temperature": (int, float), "atoms": int,
+    "settings": dict, "command": str, "versions": dict, "begun": list, "steps": dict,
+}  # fmt: skip
 
 
 class Run:
@@ -123,12 +65,19 @@ class Run:
     Parameters
     ----------
     folder : path-like
+    record : dict
+        What run.json holds.
     say : callable
         Takes the lines a person reads.
     progress : bool
-        Bars with the remaining time on stderr.
+        Bars with the remaining time on stderr, where that is a terminal.
 
     Use :meth:`start` or :meth:`open`.
+
+    Examples
+    --------
+    >>> with Run.start("alanine_dipeptide", "results/ala2", RunSettings.rehearsal()) as run:    # doctest: +SKIP
+    ...     run.run()
     """
 
     def __init__(self, folder: Path, record: dict[str, Any], *, say: Callable[[str], None], progress: bool):
@@ -144,40 +93,71 @@ class Run:
         cls,
         source: str,
         folder: Any,
-        settings: RunSettings,
+        settings: RunSettings | None = None,
         *,
-        forcefield: tuple[str, ...] = systems.IMPLICIT_FORCE_FIELD,
+        forcefield: tuple[str, ...] | None = None,
         resume: bool = False,
         command: str = "",
         say: Callable[[str], None] = print,
         progress: bool = True,
     ) -> Iterator[Run]:
-        """Begin a run of a named molecule or a PDB file in a new or empty folder, or resume it."""
+        """Begin a run in a new or empty folder; with ``resume``, go on with the run the folder holds already.
+
+        Everything that can be refused is refused before the folder is touched.
+
+        Parameters
+        ----------
+        source : str
+            The name of a molecule, or a PDB file.
+        folder : path-like
+        settings : RunSettings, optional
+            None for the usual ones, or for those of the run that is resumed; others than that run's are refused.
+        forcefield : tuple of str, optional
+            For a PDB file.
+        resume : bool
+        command : str
+            Kept in run.json.
+        say, progress
+            See :class:`Run`.
+        """
         folder = Path(folder)
-        if (folder / "run.json").exists() and resume:
+        if resume and (folder / "run.json").exists():
             with cls.open(folder, say=say, progress=progress) as run:
-                if run.record["source"] != source:
-                    raise InputError(
-                        f"{folder} holds a run of {run.record['source']}, not of {source}; choose another folder."
-                    )
+                run._check_same(source, settings, forcefield)
                 yield run
             return
+        settings = settings or RunSettings()
         molecule = load_molecule(source, forcefield, settings.temperature)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if molecule.temperature >= settings.highest_temperature:
             raise InputError(
-                f"{folder} is not empty; choose another folder, or continue the run it holds with --resume. Nothing was changed."
+                f"The temperature, {molecule.temperature:g} K, must lie below the highest one of the replica exchange, "
+                f"{settings.highest_temperature:g} K."
             )
+        dimension = generator_for(molecule, settings).flow.dimension
+        if settings.training_conformations < 2 * dimension:
+            raise InputError(
+                f"{settings.training_conformations} training conformations are too few for {dimension} coordinates; "
+                "give more exchange_iterations."
+            )
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; name a folder for the run.")
+        if folder.exists() and any(entry.name != _LOCK for entry in folder.iterdir()):
+            hint = "continue the run it holds with --resume" if (folder / "run.json").exists() else "empty it"
+            raise InputError(f"{folder} is not empty; choose another folder, or {hint}. Nothing was changed.")
         record = {
             "openmm_bg": __version__,
-            "source": source,
+            "source": _canonical(source),
+            "name": molecule.name,
+            "description": molecule.description,
             "forcefield": list(molecule.forcefield),
+            "temperature": molecule.temperature,
+            "atoms": molecule.num_atoms,
             "settings": dataclasses.asdict(settings),
             "command": command,
             "versions": versions(),
+            "begun": [],
             "steps": {},
         }
-        # everything that can be refused is refused before the folder is touched
-        generator_for(molecule, settings)
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             run = cls(folder, record, say=say, progress=progress)
@@ -191,13 +171,32 @@ class Run:
         folder = Path(folder)
         try:
             record = json.loads((folder / "run.json").read_text())
+            missing = [name for name, kind in _RECORD.items() if not isinstance(record[name], kind)]
+            if missing or not set(record["steps"]) <= set(STEPS):
+                raise TypeError(f"{', '.join(missing) or 'steps'} is not what it should be")
             run = cls(folder, record, say=say, progress=progress)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{folder} holds no run; begin one with `openmm-bg run`.") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{folder / 'run.json'} is not the record of a run: {error}.") from None
+        except KeyError as error:
+            raise InputError(f"{folder / 'run.json'} is damaged: {error} is missing.") from None
+        except (ValueError, TypeError) as error:
+            reason = str(error).rstrip(".")
+            raise InputError(f"{folder / 'run.json'} is not the record of a run, or it is damaged: {reason}.") from None
         with _locked(folder):
             yield run
+
+    def _check_same(self, source: str, settings: RunSettings | None, forcefield: tuple[str, ...] | None) -> None:
+        if _canonical(source) != self.record["source"]:
+            theirs = self.record["source"]
+            raise InputError(f"{self.folder} holds a run of {theirs}, not of {source}; choose another folder.")
+        other = [] if settings is None else self.settings.differences(settings)
+        if forcefield is not None and list(forcefield) != self.record["forcefield"]:
+            other.append(f"force field {' '.join(self.record['forcefield'])}, not {' '.join(forcefield)}")
+        if other:
+            raise InputError(
+                f"{self.folder} holds a run with {'; '.join(other)}: leave these options out to go on with it, or "
+                "choose another folder."
+            )
 
     # -- the folder
 
@@ -219,43 +218,61 @@ class Run:
     def molecule(self) -> Molecule:
         """The molecule of this run, as it was prepared."""
         if not self.done("prepare"):
-            raise InputError(f"{self.folder} is not prepared yet; run `openmm-bg simulate` first.")
-        pdb = systems.from_pdb(
-            self.path("molecule.pdb"), forcefield=self.record["forcefield"], temperature=self.record["temperature"]
+            raise InputError(f"{self.folder} is not prepared yet; take the step simulate first.")
+        xml = self.path("system.xml").read_text()
+        refuse_code(xml, str(self.path("system.xml")))
+        if hashlib.sha256(xml.encode()).hexdigest() != self.record["system_sha256"]:
+            raise InputError(f"{self.path('system.xml')} was altered since the run was prepared; begin another run.")
+        pdb = app.PDBFile(str(self.path("molecule.pdb")))
+        return Molecule(
+            name=self.record["name"],
+            topology=pdb.topology,
+            system=openmm.XmlSerializer.deserialize(xml),
+            positions=nanometers(pdb.getPositions(asNumpy=True)),
+            temperature=self.record["temperature"],
+            description=self.record["description"],
+            forcefield=tuple(self.record["forcefield"]),
         )
-        system = openmm.XmlSerializer.deserialize(self.path("system.xml").read_text())
-        return dataclasses.replace(pdb, system=system, name=self.record["name"], description=self.record["description"])
 
     def _require(self, step: str, before: str) -> None:
         if not self.done(before):
-            raise InputError(f"{step} needs what {before} makes; run `openmm-bg {before}` on this folder first.")
+            raise InputError(
+                f"{step} needs what {before} makes, and that is not done in {self.folder}; take the step {before} "
+                "first, or all that are left with `openmm-bg run ... --resume`."
+            )
 
     # -- the steps
 
-    def run(self, last: str = "report") -> None:
-        """All steps that are not done yet, up to ``last``."""
-        for number, step in enumerate(STEPS[: STEPS.index(last) + 1], 1):
+    def run(self, last: str = "report", first: str = "prepare") -> None:
+        """All steps that are not done yet, from ``first`` to ``last``."""
+        for number, step in enumerate(STEPS, 1):
+            if not STEPS.index(first) < number <= STEPS.index(last) + 1:
+                continue
             if self.done(step):
                 self.say(f"[{number}/{len(STEPS)}] {step}: done before")
                 continue
-            self.say(f"[{number}/{len(STEPS)}] {step}: {_PURPOSE[step]}")
+            again = step in self.record["begun"]
+            self.say(f"[{number}/{len(STEPS)}] {step}: {_PURPOSE[step]}{', going on' if again else ''}")
+            if not again:
+                self.record["begun"].append(step)
+                self._write()
             getattr(self, step)()
+            if again:
+                # the seconds are those of the last leg alone
+                self.record["steps"][step]["resumed"] = True
+                self._write()
 
     def prepare(self) -> None:
         """Molecule and System, written down."""
         started = time.perf_counter()
-        molecule = load_molecule(self.record["source"], tuple(self.record["forcefield"]), self.settings.temperature)
-        with self.path("molecule.pdb").open("w") as file:
-            app.PDBFile.writeFile(molecule.topology, molecule.positions * unit.nanometer, file, keepIds=True)
+        forcefield = tuple(self.record["forcefield"]) if _is_file(self.record["source"]) else None
+        molecule = load_molecule(self.record["source"], forcefield, self.settings.temperature)
+        pdb = io.StringIO()
+        app.PDBFile.writeFile(molecule.topology, molecule.positions * unit.nanometer, pdb, keepIds=True)
+        write_atomically(self.path("molecule.pdb"), pdb.getvalue().encode())
         xml = openmm.XmlSerializer.serialize(molecule.system)
         write_atomically(self.path("system.xml"), xml.encode())
-        self.record |= {
-            "name": molecule.name,
-            "description": molecule.description,
-            "temperature": molecule.temperature,
-            "atoms": molecule.num_atoms,
-            "system_sha256": hashlib.sha256(xml.encode()).hexdigest(),
-        }
+        self.record["system_sha256"] = hashlib.sha256(xml.encode()).hexdigest()
         self._finish("prepare", started, {})
 
     def simulate(self) -> None:
@@ -299,10 +316,10 @@ class Run:
         started, s, molecule = time.perf_counter(), self.settings, self.molecule()
         generator = generator_for(molecule, s, compile=s.training_steps >= 1000)
         data = Trajectory.load(self.path("training.npz"))
+        checkpoint = self.path("training.checkpoint")
         result = generator.fit(
             data.positions, steps=s.training_steps, likelihood_steps=s.likelihood_steps, seed=s.seed,
-            log=self.path("training.jsonl"), checkpoint=self.path("training.checkpoint"), resume=True,
-            progress=self.progress,
+            log=self.path("training.jsonl"), checkpoint=checkpoint, resume=checkpoint.exists(), progress=self.progress,
         )  # fmt: skip
         generator.provenance |= {
             "openmm_bg": __version__,
@@ -332,7 +349,8 @@ class Run:
         simulation = app.Simulation(
             molecule.topology, molecule.system, integrator, openmm.Platform.getPlatform(where), properties
         )
-        simulation.context.setPositions(molecule.positions)
+        # an equilibrated start: nothing has to be discarded
+        simulation.context.setPositions(Trajectory.load(self.path("md.npz")).positions[-1])
         simulation.context.setVelocitiesToTemperature(molecule.temperature, s.seed + 5)
         checkpoint = self.path("moves.checkpoint")
         resume = checkpoint.exists()
@@ -349,7 +367,7 @@ class Run:
         iterations = s.production_steps // s.steps_per_iteration
         bar = tqdm(
             total=iterations, initial=sampler.currentIteration, desc="MD with moves", unit="iteration",
-            disable=not self.progress, dynamic_ncols=True,
+            disable=None if self.progress else True, dynamic_ncols=True,
         )  # fmt: skip
         with bar:
             while sampler.currentIteration < iterations:
@@ -368,66 +386,23 @@ class Run:
         """Everything that is claimed, in summary.json."""
         self._require("compare", "sample")
         started = time.perf_counter()
-        results = run_report.measure(self.load())
-        write_atomically(self.path("summary.json"), json.dumps(results.summary, indent=2).encode())
+        summary = json.dumps(self.results.summary, indent=2, allow_nan=False)
+        write_atomically(self.path("summary.json"), summary.encode())
         self._finish("compare", started, {})
 
     def report(self) -> None:
         """The page, and the headline on the terminal."""
         self._require("report", "compare")
         started = time.perf_counter()
-        results = run_report.measure(self.load())
-        run_report.write(self.path("report.html"), results)
+        run_report.write(self.path("report.html"), self.results)
         self._finish("report", started, {})
-        self.say(run_report.headline(results))
+        self.say(headline(self.results))
         self.say(f"Read {self.path('report.html')}")
 
-    def load(self) -> run_report.Material:
-        """The products of all steps, for comparison."""
-        s, molecule = self.settings, self.molecule()
-        generator = BoltzmannGenerator.load(self.path("generator.bg"))
-        with np.load(self.path("samples.npz"), allow_pickle=False) as draws:
-            sample_positions = draws["positions"]
-            energy, log_prob = draws["reduced_energy"], draws["log_prob"]
-        log_weights = np.where(np.isfinite(log_prob) & np.isfinite(energy), -energy - log_prob, -np.inf)
-        exchange = Trajectory.load(self.path("exchange_frames.npz"))
-        _, held_out = split_frames(exchange.positions, s.held_out)
-        trajectory = mdtraj.load(str(self.path("trajectory.dcd")), top=str(self.path("molecule.pdb")))
-        chain = trajectory.xyz.astype(np.float64)
-        kt = generator.energy.thermal_energy
-        with torch.no_grad():
-            chain_energy = generator.energy(torch.as_tensor(chain)).numpy()
-        held_out_weights = generator.log_weights(held_out).numpy()
-        log_z = log_normalizer(log_weights)
-        ess = effective_sample_size(log_weights)
-        md = Trajectory.load(self.path("md.npz"))
-        return run_report.Material(
-            record=self.record,
-            topology=molecule.topology,
-            md=md.positions,
-            md_energy=md.potential_energy / kt,
-            exchange=exchange.positions,
-            exchange_energy=exchange.potential_energy / kt,
-            samples=sample_positions,
-            sample_energy=energy,
-            log_weights=log_weights,
-            held_out_log_weights=held_out_weights,
-            chain=chain,
-            chain_energy=chain_energy,
-            accepted=np.loadtxt(self.path("moves.csv"), delimiter=",", skiprows=1, dtype=str, ndmin=2),
-            training=[json.loads(line) for line in self.path("training.jsonl").read_text().splitlines()],
-            quality={
-                "ess": ess.fraction,
-                "ess_clipped": ess.clipped,
-                "n": ess.n,
-                "acceptance": independence_acceptance(log_weights),
-                "forward": forward_effective_sample_size(held_out_weights, log_z.value),
-                "largest_log_ratio": largest_log_ratio(held_out_weights, log_z.value),
-                "held_out_frames": len(held_out),
-                "log_z": log_z.value,
-                "log_z_error": log_z.error,
-            },
-        )
+    @cached_property
+    def results(self) -> Results:
+        """Everything measured, once for compare and report."""
+        return measure(Material.load(self.folder, self.record, self.molecule().topology))
 
 
 _PURPOSE = {
@@ -440,15 +415,24 @@ _PURPOSE = {
 }
 
 
-def load_molecule(source: str, forcefield: tuple[str, ...], temperature: float | None) -> Molecule:
-    """A molecule by name, or from a PDB file."""
+def load_molecule(source: str, forcefield: tuple[str, ...] | None, temperature: float | None) -> Molecule:
+    """A molecule by name, or from a PDB file with a force field (None for the usual one)."""
     options = {} if temperature is None else {"temperature": temperature}
-    if source.lower().endswith(".pdb") or os.sep in source or Path(source).is_file():
-        return systems.from_pdb(source, forcefield=forcefield, **options)
-    molecule = systems.load(source)
-    if not isinstance(molecule, Molecule):
+    if _is_file(source):
+        return systems.from_pdb(source, forcefield=forcefield or systems.IMPLICIT_FORCE_FIELD, **options)
+    if not isinstance(systems.load(source), Molecule):
         raise InputError(f"{source} is an analytic density, not a molecule; openmm-bg runs molecules.")
+    if forcefield is not None:
+        raise InputError(f"{source} has a force field of its own; choose one only with a PDB file.")
     return systems.load(source, **options)
+
+
+def _is_file(source: str) -> bool:
+    return source.lower().endswith(".pdb") or os.sep in source or Path(source).is_file()
+
+
+def _canonical(source: str) -> str:
+    return str(Path(source).resolve()) if _is_file(source) else source
 
 
 def generator_for(molecule: Molecule, settings: RunSettings, *, compile: bool = False) -> BoltzmannGenerator:
@@ -459,15 +443,6 @@ def generator_for(molecule: Molecule, settings: RunSettings, *, compile: bool = 
     )  # fmt: skip
 
 
-def split_frames(frames: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
-    """Training frames and, from the end of the trajectory, held-out ones, with a gap of two percent between them."""
-    cut = max(1, int(len(frames) * (1 - held_out)))
-    gap = len(frames) // 50
-    if cut + gap >= len(frames):
-        raise InputError(f"{len(frames)} frames are too few to hold any out; simulate longer.")
-    return frames[:cut], frames[cut + gap :]
-
-
 def versions() -> dict[str, str]:
     """What a reader needs to know to repeat a run."""
     return {
@@ -475,7 +450,7 @@ def versions() -> dict[str, str]:
         "openmm": openmm.Platform.getOpenMMVersion(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "mdtraj": mdtraj.__version__,
+        "mdtraj": metadata.version("mdtraj"),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
@@ -492,7 +467,7 @@ def _duration(seconds: float) -> str:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep a second process out of the folder."""
-    with (folder / ".lock").open("w") as lock:
+    with (folder / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import ParseError
 
 import numpy as np
 import openmm
@@ -142,7 +141,7 @@ def _force_field(files: tuple[str, ...]) -> app.ForceField:
         raise InputError("forcefield is empty; name an OpenMM force field file, such as amber99sbildn.xml.")
     try:
         return app.ForceField(*files)
-    except (ValueError, KeyError, ParseError) as error:
+    except Exception as error:  # OpenMM wraps what it cannot parse in a bare Exception
         named = " + ".join(map(str, files))
         raise InputError(f"The force field {named} cannot be loaded: {_sentence(error)}") from error
 
@@ -158,7 +157,7 @@ def _create_system(
         system = forcefield.createSystem(
             topology, nonbondedMethod=app.NoCutoff, constraints=constraints, hydrogenMass=mass
         )
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # OpenMM raises bare Exceptions for some templates
         if not unmatched:
             raise InputError(f"The force field cannot describe {path}: {_sentence(error)}") from error
         residue = unmatched[0]

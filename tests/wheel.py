@@ -2,8 +2,8 @@
 
     python tests/wheel.py [--all]
 
-Dependencies are borrowed from the environment that runs this (a .pth file), the package itself is the wheel's. Without ``--all``
-only the quick tests of every room run: enough to prove that nothing is missing from the wheel.
+Dependencies are borrowed from the environment that runs this (a .pth file), the package itself is the wheel's. Without
+``--all`` only some quick tests run: enough to prove that nothing is missing from the wheel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["test_import_rules.py", "systems", "test_generator.py", "app", "test_cli.py"]
+QUICK = ["test_import_rules.py", "systems", "test_generator.py", "app", "test_cli.py", "test_examples.py"]
 
 
 def main(everything: bool) -> int:
@@ -34,27 +34,27 @@ def main(everything: bool) -> int:
         subprocess.run(
             [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", wheel], check=True
         )
-        site = subprocess.run(
-            [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        borrowed = Path(subprocess.run(
-            [sys.executable, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
-        ).stdout.strip())  # fmt: skip
         # a plain path line: packages are found, the checkout's editable hook is not run
-        (Path(site) / "borrowed.pth").write_text(f"{borrowed}\n")
+        (site_packages(python) / "borrowed.pth").write_text(f"{site_packages(sys.executable)}\n")
         tests = place / "tests"
         shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "examples", place / "examples", ignore=shutil.ignore_patterns("__pycache__"))
         where = subprocess.run(
-            [python, "-c", "import openmm_bg, openmm_bg.systems; print(openmm_bg.__file__, openmm_bg.systems.__file__)"],
+            [python, "-c", "import openmm_bg, openmm_bg.systems as s; print(openmm_bg.__file__, s.__file__)"],
             cwd=place, capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
         if str(ROOT) in where:
             print(f"the checkout was imported instead of the wheel: {where}")
             return 1
         chosen = [str(tests)] if everything else [str(tests / name) for name in QUICK]
-        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--rootdir", str(place), *chosen]
-        return subprocess.run(command, cwd=place).returncode
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--rootdir", str(place)]
+        return subprocess.run([*command, *chosen], cwd=place).returncode
+
+
+def site_packages(python: str | Path) -> Path:
+    """Where an interpreter keeps its packages."""
+    code = "import site; print(site.getsitepackages()[0])"
+    return Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
 
 
 if __name__ == "__main__":

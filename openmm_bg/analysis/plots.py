@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DEGREES = (-120, 0, 120)
+_LOWEST_LOG_RATIO = 30.0  # overlapping atoms have log p/q of -1e6, and would leave one bar for all the others
 
 
 def _degrees(axis_of: Axes, x: str, y: str | None = None) -> None:
@@ -180,7 +181,8 @@ def log_weight_histogram(reverse: ArrayLike, forward: ArrayLike | None = None, *
     """log p/q on the generator's own samples and on held-out frames of the reference.
 
     Both are shifted by the estimate of log Z from the samples, so that a perfect generator has all of them at
-    zero. What lies far to the right on held-out frames is what an independence chain gets stuck in.
+    zero. What lies far to the right on held-out frames is what an independence chain gets stuck in. The share of
+    samples too far to the left to be drawn is written into the legend.
 
     Parameters
     ----------
@@ -200,12 +202,15 @@ def log_weight_histogram(reverse: ArrayLike, forward: ArrayLike | None = None, *
     shift = top + np.log(np.exp(valid - top).sum() / len(r))
     valid, held = valid - shift, f[np.isfinite(f)] - shift
     everything = np.concatenate([valid, held])
-    low, high = np.quantile(everything, 0.002), everything.max()
+    high = everything.max()
+    low = max(np.quantile(everything, 0.002), min(high, 0.0) - _LOWEST_LOG_RATIO)
     edges = np.linspace(low, high + 0.03 * (high - low) + 1e-6, bins + 1)
     figure = new_figure(5.3, 3.5)
     ax = figure.subplots()
     size = kish_size(np.exp(valid - valid.max()))
     label = f"samples: ESS {100 * size / len(r):.3g} % of {len(r)}"
+    below = (valid < low).sum() / len(r)
+    label += "" if below < 5e-4 else f", {100 * below:.2g} % below"
     invalid = len(r) - len(valid)
     _log_weight_stairs(ax, valid, edges, "#d55e00", label + (f", {invalid} invalid" if invalid else ""))
     if forward is not None:

@@ -1,0 +1,349 @@
+"""What a run has shown: the numbers of summary.json, and the sentence that sums them up."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from openmm_bg.analysis import (
+    Backbone,
+    Chain,
+    Comparison,
+    Population,
+    backbone_dihedrals,
+    compare,
+    effective_sample_size,
+    energy_w2,
+    format_value,
+    populations,
+)
+from openmm_bg.analysis import (
+    measure as measure_distance,
+)
+from openmm_bg.errors import InputError
+from openmm_bg.run_material import Material
+from openmm_bg.run_settings import RunSettings
+
+_FEW_TRANSITIONS = 10
+_FEW_DRAWS = 50
+
+
+@dataclass
+class Ensemble:
+    """One of the ensembles that are held against each other.
+
+    Attributes
+    ----------
+    backbone : Backbone or None
+        None for a molecule without a residue that has both phi and psi.
+    energy : ndarray, (frames,)
+        kT.
+    weights : ndarray, (frames,), or None
+    populations : tuple of tuples of Population
+        For every residue.
+    size : tuple of float
+        For every residue, effective samples: of phi > 0 in a simulation, of the draws otherwise.
+    """
+
+    backbone: Backbone | None
+    energy: np.ndarray
+    weights: np.ndarray | None
+    populations: tuple[tuple[Population, ...], ...]
+    size: tuple[float, ...]
+
+
+@dataclass
+class Results:
+    """Everything measured once, for the summary and for the page.
+
+    Attributes
+    ----------
+    material : Material
+    against_md, against_exchange : Comparison
+        MD with moves against either reference.
+    ensembles : dict of str to Ensemble
+    residues : tuple of str
+        Those with phi and psi; may be empty.
+    slowest : int
+        The residue whose chains are drawn and headlined.
+    chains : dict of str to Chain
+        What says how fast a simulation samples: phi > 0 of the slowest residue, or the energy without residues.
+    efficiency : dict
+        Effective samples per force evaluation, by residue (or "energy") and simulation.
+    summary : dict
+        For summary.json.
+    """
+
+    material: Material
+    against_md: Comparison
+    against_exchange: Comparison
+    ensembles: dict[str, Ensemble]
+    residues: tuple[str, ...]
+    slowest: int
+    chains: dict[str, Chain]
+    efficiency: dict[str, dict[str, dict[str, float]]]
+    summary: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The headlined entry of ``efficiency``."""
+        return self.residues[self.slowest] if self.residues else "energy"
+
+    @property
+    def is_short(self) -> bool:
+        """Whether this was but a rehearsal."""
+        settings, usual = self.material.record["settings"], dataclasses.asdict(RunSettings())
+        return any(10 * settings[name] < usual[name] for name in ("exchange_iterations", "training_steps", "md_steps"))
+
+    @property
+    def observable(self) -> str:
+        """What the chains follow, in words."""
+        if not self.residues:
+            return "the potential energy"
+        return "φ > 0" if len(self.residues) == 1 else f"φ > 0 of {self.key}"
+
+    def is_shown(self, name: str) -> bool:
+        """Whether an ensemble can be drawn: weights that a few draws hold alone make a picture of nothing."""
+        weights = self.ensembles[name].weights
+        return weights is None or _kish(weights) >= _FEW_DRAWS
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """Populations that neither reference could confirm or contradict, for want of transitions."""
+        pairs = zip(self.against_md.populations, self.against_exchange.populations, strict=True)
+        return [_short(a.name) for a, b in pairs if a.agrees is None and b.agrees is None]
+
+
+def measure(material: Material) -> Results:
+    """Compare MD with moves to plain MD and to replica exchange, and weigh what everything cost."""
+    m = material
+    inside = np.isfinite(m.log_weights)
+    weights = np.exp(m.log_weights[inside] - m.log_weights[inside].max())
+    has_backbone = _has_backbone(m)
+    ensembles = {
+        name: _ensemble(m, positions, energy, w, drawn=name in ("generator", "reweighted"), backbone=has_backbone)
+        for name, positions, energy, w in (
+            ("MD", m.md, m.md_energy, None),
+            ("replica exchange", m.exchange, m.exchange_energy, None),
+            ("generator", m.samples[inside], m.sample_energy[inside], None),
+            ("reweighted", m.samples[inside], m.sample_energy[inside], weights),
+            ("MD with moves", m.chain, m.chain_energy, None),
+        )
+    }
+    first = ensembles["MD"].backbone
+    residues = () if first is None else first.residues
+    settings, steps = m.record["settings"], m.record["steps"]
+    per_frame = {
+        "MD": settings["steps_per_iteration"],
+        "MD with moves": settings["steps_per_iteration"] + settings["proposals_per_iteration"],
+    }
+    series = {name: _series(ensembles[name]) for name in per_frame}
+    preparation = sum(_training_cost(steps).values())
+    efficiency = {
+        key: _efficiency({name: Chain(series[name][k], per_frame[name]) for name in per_frame}, preparation)
+        for k, key in enumerate(residues or ("energy",))
+    }
+    slowest = _slowest(list(efficiency.values()))
+    chains = {name: Chain(series[name][slowest], per_frame[name]) for name in per_frame}
+    against_md = _compare(m, m.md, m.md_energy, has_backbone)
+    against_exchange = _compare(m, m.exchange, m.exchange_energy, has_backbone)
+    results = Results(m, against_md, against_exchange, ensembles, residues, slowest, chains, efficiency, {})
+    results.summary = _summary(results)
+    return results
+
+
+def _has_backbone(m: Material) -> bool:
+    try:
+        backbone_dihedrals(m.md[:1], m.topology)
+    except InputError:
+        return False  # positions and topology belong together: what it refuses is the want of a peptide chain
+    return True
+
+
+def _ensemble(
+    m: Material, positions: np.ndarray, energy: np.ndarray, weights: np.ndarray | None, *, drawn: bool, backbone: bool
+) -> Ensemble:
+    if not backbone:
+        return Ensemble(None, energy, weights, (), ())
+    angles = backbone_dihedrals(positions, m.topology)
+    pops = tuple(populations(phi, psi, weights) for phi, psi in zip(angles.phi.T, angles.psi.T, strict=True))
+    if drawn:
+        n = float(len(energy)) if weights is None else _kish(weights)
+        size: tuple[float, ...] = (n,) * len(angles.residues)
+    else:
+        size = tuple(effective_sample_size(phi > 0) for phi in angles.phi.T)
+    return Ensemble(angles, energy, weights, pops, size)
+
+
+def _kish(weights: np.ndarray) -> float:
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def _series(ensemble: Ensemble) -> np.ndarray:
+    """(observables, frames): phi > 0 of every residue, or the energy."""
+    if ensemble.backbone is None:
+        return ensemble.energy[None]
+    return (ensemble.backbone.phi.T > 0).astype(float)
+
+
+def _compare(m: Material, reference: np.ndarray, energy: np.ndarray, backbone: bool) -> Comparison:
+    n = min(2000, len(reference) // 2, len(m.chain))
+    if backbone:
+        return compare(
+            reference, m.chain, topology=m.topology, reference_energies=energy, sample_energies=m.chain_energy, n=n
+        )
+    # no residue with phi and psi: what is left to compare is the energy
+    rng = np.random.default_rng(0)
+    distance = measure_distance("energy W2", energy_w2, energy, m.chain_energy, rng, unit="kT")
+    return Comparison((distance,), (), len(reference), len(m.chain), None, n, 5, 0)
+
+
+def _training_cost(steps: dict[str, Any]) -> dict[str, int]:
+    return {
+        "replica exchange": steps["simulate"]["exchange_evaluations"],
+        "bursts": steps["simulate"]["burst_evaluations"],
+        "training": steps["train"]["evaluations"],
+    }
+
+
+def _efficiency(chains: dict[str, Chain], preparation: int) -> dict[str, dict[str, float]]:
+    """Effective samples of an observable, per force evaluation."""
+    result: dict[str, dict[str, float]] = {}
+    for name, chain in chains.items():
+        series = np.asarray(chain.series)
+        evaluations = int(series.size * chain.evaluations_per_frame)
+        size = effective_sample_size(series)
+        result[name] = {
+            "effective_samples": size,
+            "force_evaluations": evaluations,
+            "per_million_evaluations": 1e6 * size / evaluations,
+        }
+        if np.isin(series, (0.0, 1.0)).all():
+            result[name]["transitions"] = int(np.count_nonzero(np.diff(series)))
+    moves = result["MD with moves"]
+    everything = moves["force_evaluations"] + preparation
+    moves["per_million_evaluations_with_training"] = 1e6 * moves["effective_samples"] / everything
+    return result
+
+
+def _slowest(efficiency: list[dict[str, dict[str, float]]]) -> int:
+    """The residue with the fewest effective samples, of those that crossed at all; the first where none did."""
+    sizes = [entry["MD with moves"]["effective_samples"] for entry in efficiency]
+    moved = [k for k, size in enumerate(sizes) if size > 0]
+    return min(moved, key=lambda k: sizes[k]) if moved else 0
+
+
+def _summary(results: Results) -> dict[str, Any]:
+    m, steps = results.material, results.material.record["steps"]
+    proposed, accepted = steps["sample"]["proposed"], steps["sample"]["accepted"]
+    shares = {
+        residue: {
+            name: {"value": e.populations[k][-1].value, "error": e.populations[k][-1].error}
+            for name, e in results.ensembles.items()
+        }
+        for k, residue in enumerate(results.residues)
+    }
+    summary = {
+        "molecule": m.record["name"],
+        "temperature_K": m.record["temperature"],
+        "verdict": verdict(results),
+        "generator": m.quality,
+        "moves": {
+            "proposed": proposed,
+            "accepted": accepted,
+            "acceptance": accepted / proposed,
+            "refused": steps["sample"]["refused"],
+        },
+        "left_handed_share": shares,
+        "effective_samples": results.efficiency,
+        "against_md": results.against_md.to_dict(),
+        "against_replica_exchange": results.against_exchange.to_dict(),
+        "cost": {
+            "force_evaluations": {
+                **_training_cost(steps),
+                "plain MD": steps["simulate"]["md_evaluations"],
+                "MD with moves": steps["sample"]["md_steps"] + proposed,
+            },
+            "seconds": {name: step["seconds"] for name, step in steps.items()},
+            "resumed": [name for name, step in steps.items() if step.get("resumed")],
+        },
+        "settings": m.record["settings"],
+        "versions": m.record["versions"],
+        "system_sha256": m.record["system_sha256"],
+        "generator_sha256": steps["train"]["sha256"],
+        "command": m.record["command"],
+    }
+    return _jsonable(summary)
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: None."""
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def verdict(results: Results) -> str:
+    """Whether MD with moves agrees with its references, and what could not be said."""
+    md, exchange = results.against_md, results.against_exchange
+    if exchange.agrees and md.agrees:
+        text = "MD with moves agrees with plain MD and with replica exchange within their errors."
+    elif exchange.agrees:
+        text = f"MD with moves agrees with replica exchange, but differs from plain MD in {_differs(md)}."
+    elif md.agrees:
+        text = f"MD with moves agrees with plain MD, but differs from replica exchange in {_differs(exchange)}."
+    else:
+        text = f"MD with moves differs from replica exchange in {_differs(exchange)}, from plain MD in {_differs(md)}."
+    if not results.material.accepted.any():
+        text += " Not one move was accepted, so this is plain MD."
+    if results.unmeasured:
+        text += f" Not measured, for want of transitions: {', '.join(results.unmeasured)}."
+    return text
+
+
+def is_good(results: Results) -> bool:
+    """Whether a reader may take the verdict as it stands."""
+    agrees = results.against_md.agrees and results.against_exchange.agrees and not results.unmeasured
+    return bool(agrees and results.material.accepted.any() and not results.is_short)
+
+
+def _differs(comparison: Comparison) -> str:
+    names = [d.name for d in comparison.distances if not d.within_floor]
+    return ", ".join([*names, *(_short(p.name) for p in comparison.populations if p.agrees is False)])
+
+
+def _short(name: str) -> str:
+    """A basin without its definition, which the tables give."""
+    return name.split(" (")[0]
+
+
+def headline(results: Results) -> str:
+    """A few lines for the terminal."""
+    q, moves = results.material.quality, results.summary["moves"]
+    return "\n".join(
+        [
+            "",
+            verdict(results),
+            f"  generator: ESS {100 * q['ess']:.1f} % of {q['n']} draws, forward figure {100 * q['forward']:.1f} % and "
+            f"largest log p/q {format_value(q['largest_log_ratio'])} on {q['held_out_frames']} held-out frames",
+            f"  moves: {moves['accepted']} of {moves['proposed']} accepted ({100 * moves['acceptance']:.1f} %), "
+            f"{moves['refused']} refused",
+            f"  {results.observable}: {_efficiency_text(results)}",
+        ]
+    )
+
+
+def _efficiency_text(results: Results) -> str:
+    md, moves = (results.efficiency[results.key][name] for name in ("MD", "MD with moves"))
+    if not moves["effective_samples"]:
+        return "no transition in MD with moves"
+    text = f"{moves['per_million_evaluations']:.3g} effective samples per million force evaluations with moves"
+    if results.residues and md["transitions"] < _FEW_TRANSITIONS:
+        return f"{text}; plain MD made {md['transitions']} transitions, too few to say"
+    return f"{text}, {md['per_million_evaluations']:.3g} without"

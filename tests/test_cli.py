@@ -1,0 +1,222 @@
+"""What the command says: help, lists, and one sentence for every input that cannot be used, with nothing touched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from openmm_bg import __version__, cli, systems, workflow
+
+ALANINE = (files("openmm_bg.systems") / "alanine_dipeptide.pdb").read_text()
+ATOMS = [line for line in ALANINE.splitlines() if line.startswith(("ATOM", "HETATM"))]
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run the command in a folder of its own; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(list(arguments))
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Everything below a folder: names, contents and times."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def assert_refused(call, tmp_path: Path, arguments: list[str], phrase: str) -> None:
+    """One sentence on stderr, exit code 2, nothing on stdout, and not a file touched."""
+    before = tree(tmp_path)
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("openmm-bg: ") and err.endswith((".\n", "?\n")) and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert phrase in err, err
+    assert tree(tmp_path) == before
+
+
+def test_help_shows_the_steps(call):
+    code, out, err = call("--help")
+    assert code == 0 and err == ""
+    for word in ("run", "simulate", "train", "sample", "compare", "systems", "report.html", "--resume"):
+        assert word in out
+
+
+@pytest.mark.parametrize("step", ["run", "simulate", "train", "sample", "compare", "systems"])
+def test_every_step_has_help(call, step):
+    code, out, err = call(step, "--help")
+    assert code == 0 and err == "" and out.startswith(f"usage: openmm-bg {step}")
+
+
+def test_version(call):
+    assert call("--version") == (0, f"openmm_bg {__version__}\n", "")
+
+
+def test_systems_lists_every_name_with_a_sentence(call):
+    code, out, err = call("systems")
+    assert code == 0 and err == ""
+    rows = [line.split(maxsplit=1) for line in out.splitlines()]
+    assert tuple(name for name, _ in rows) == systems.names()
+    assert all(sentence.endswith(".") for _, sentence in rows)
+
+
+def test_the_installed_command():
+    command = Path(sys.executable).with_name("openmm-bg")
+    result = subprocess.run([command, "run"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("openmm-bg: the following arguments are required")
+
+
+# -- molecules that cannot be used
+
+
+def without_hydrogens() -> str:
+    return "\n".join([line for line in ATOMS if line[12:16].strip()[0] != "H"] + ["END", ""])
+
+
+def second_molecule() -> str:
+    shifted = [f"{line[:21]}B{line[22:30]}{float(line[30:38]) + 20:8.3f}{line[38:]}" for line in ATOMS]
+    return "\n".join([*ATOMS, "TER", *shifted, "TER", "END", ""])
+
+
+MOLECULES = {
+    "garbage.pdb": ("x" * 4000, "holds no atoms"),
+    "empty.pdb": ("", "holds no atoms"),
+    "broken.pdb": (ALANINE.replace(ATOMS[5], ATOMS[5][:30] + "   not-a-number"), "could not be read as a PDB file"),
+    "truncated.pdb": (ALANINE[: ALANINE.index(ATOMS[9]) + 40], "truncated.pdb"),
+    "half.pdb": ("\n".join(ATOMS[:14]), "ALA 2"),
+    "nan.pdb": (ALANINE.replace(ATOMS[3], ATOMS[3][:30] + "     nan" + ATOMS[3][38:]), "not finite"),
+    "ligand.pdb": (ALANINE.replace("ALA", "LIG"), "LIG 2"),
+    "bare.pdb": (without_hydrogens(), "lacks hydrogens"),
+    "pair.pdb": (second_molecule(), "one connected molecule"),
+    "structure.cif": ("data_1\nloop_\n_atom_site.id\nATOM 1 C CA ALA A 1 0 0 0\n", "could not be read"),
+    "stacked.pdb": (
+        "\n".join([f"{line[:30]}{0:8.3f}{0:8.3f}{0:8.3f}{line[54:]}" for line in ATOMS] + ["END", ""]), "collinear",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOLECULES)
+def test_a_molecule_that_cannot_be_used(call, tmp_path, name):
+    content, phrase = MOLECULES[name]
+    (tmp_path / name).write_text(content)
+    source = name if name.endswith(".pdb") else str(tmp_path / name)
+    assert_refused(call, tmp_path, ["run", source, "--output", "out"], phrase)
+
+
+def test_a_binary_file_is_no_molecule(call, tmp_path):
+    (tmp_path / "binary.pdb").write_bytes(bytes(range(256)) * 40)
+    assert_refused(call, tmp_path, ["run", "binary.pdb", "--output", "out"], "holds no atoms")
+
+
+# -- words and numbers that cannot be used
+
+ALA = ["alanine_dipeptide", "--output", "out"]
+WORDS = {
+    "missing file": (["run", "nowhere.pdb", "--output", "out"], "There is no PDB file nowhere.pdb"),
+    "a folder as a file": (["run", "./", "--output", "out"], "There is no PDB file"),
+    "unknown molecule": (["run", "alanine_dipeptid", "--output", "out"], "Did you mean 'alanine_dipeptide'?"),
+    "empty name": (["run", "", "--output", "out"], "There is no target named ''"),
+    "density": (["run", "double_well", "--output", "out"], "is an analytic density, not a molecule"),
+    "temperature nan": (["run", *ALA, "--temperature", "nan"], "temperature must be a positive finite number"),
+    "temperature inf": (["run", *ALA, "--temperature", "inf"], "temperature must be a positive finite number"),
+    "temperature -5": (["run", *ALA, "--temperature", "-5"], "temperature must be a positive finite number"),
+    "temperature 0": (["run", *ALA, "--temperature", "0"], "temperature must be a positive finite number"),
+    "temperature word": (["run", *ALA, "--temperature", "hot"], "invalid float value: 'hot'"),
+    "hotter than the ladder": (["run", *ALA, "--temperature", "1200"], "must lie below the highest one"),
+    "ladder nan": (["run", *ALA, "--highest-temperature", "nan"], "highest_temperature must be a positive finite"),
+    "zero frames": (["run", *ALA, "--exchange-iterations", "0"], "exchange_iterations must be a whole number of at"),
+    "one frame": (["simulate", *ALA, "--exchange-iterations", "1"], "exchange_iterations must be a whole number of"),
+    "negative training": (["run", *ALA, "--training-steps", "-1"], "training_steps must be a whole number of at least"),
+    "negative likelihood": (["run", *ALA, "--likelihood-steps", "-1"], "likelihood_steps must be a whole number"),
+    "negative MD": (["run", *ALA, "--md-steps", "-500"], "md_steps must be a whole number of at least 1"),
+    "negative production": (["run", *ALA, "--production-steps", "-1"], "production_steps must be a whole number"),
+    "production too short": (["run", *ALA, "--production-steps", "100"], "production_steps must be at least 10000"),
+    "no proposals": (["run", *ALA, "--proposals-per-iteration", "0"], "proposals_per_iteration must be"),
+    "fraction of a step": (["run", *ALA, "--md-steps", "1.5"], "invalid int value: '1.5'"),
+    "few samples": (["run", *ALA, "--samples", "5"], "samples must be a whole number of at least 100"),
+    "negative seed": (["run", *ALA, "--seed", "-1"], "seed must be a whole number of at least 0"),
+    "large seed": (["run", *ALA, "--seed", "4000000000"], "seed must be at most"),
+    "unknown flow": (["run", *ALA, "--flow", "glow"], "invalid choice: 'glow'"),
+    "abbreviated option": (["run", *ALA, "--temp", "310"], "unrecognized arguments: --temp 310"),
+    "force field of a name": (["run", *ALA, "--forcefield", "amber14-all.xml"], "has a force field of its own"),
+    "no output": (["run", "alanine_dipeptide"], "required: --output"),
+    "no molecule": (["run", "--output", "out"], "required: molecule"),
+    "no command": ([], "required: COMMAND"),
+    "unknown command": (["walk"], "invalid choice: 'walk'"),
+    "train nothing": (["train", "--output", "nowhere"], "nowhere holds no run"),
+    "sample without output": (["sample"], "required: --output"),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_words_and_numbers_that_cannot_be_used(call, tmp_path, case):
+    arguments, phrase = WORDS[case]
+    assert_refused(call, tmp_path, arguments, phrase)
+
+
+def test_force_fields_that_cannot_be_used(call, tmp_path):
+    (tmp_path / "my.pdb").write_text(ALANINE)
+    (tmp_path / "broken.xml").write_text("<ForceField><AtomTypes>")
+    run = ["run", "my.pdb", "--output", "out", "--forcefield"]
+    assert_refused(call, tmp_path, [*run, "no_such.xml"], "no_such.xml")
+    assert_refused(call, tmp_path, [*run, "broken.xml"], "broken.xml")
+    assert_refused(call, tmp_path, [*run, "tip3p.xml"], "template")
+
+
+def test_too_little_data_for_the_molecule_is_refused_before_it_is_made(call, tmp_path):
+    path = Path(__file__).with_name("data") / "ace_ala_ala_nme.pdb"
+    settings = workflow.RunSettings(exchange_iterations=20, bursts=2)
+    with pytest.raises(ValueError, match="training conformations are too few for 90 coordinates"):
+        with workflow.Run.start(str(path), tmp_path / "out", settings):
+            pass
+    assert not (tmp_path / "out").exists()
+
+
+# -- folders that cannot be used
+
+
+def test_a_folder_in_use_is_left_alone(call, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("important")
+    assert_refused(call, tmp_path, ["run", *ALA], "out is not empty")
+    assert_refused(call, tmp_path, ["run", *ALA, "--resume"], "out is not empty")
+    assert_refused(call, tmp_path, ["sample", "--output", "out"], "out holds no run")
+
+
+def test_a_file_is_no_folder(call, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    assert_refused(call, tmp_path, ["run", *ALA], "out is a file")
+    assert_refused(call, tmp_path, ["run", *ALA, "--resume"], "out is a file")
+    assert_refused(call, tmp_path, ["train", "--output", "out"], "out holds no run")
+    assert_refused(call, tmp_path, ["run", "alanine_dipeptide", "--output", "out/below"], "Not a directory")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(call, tmp_path):
+    (tmp_path / "out").mkdir(mode=0o500)
+    assert_refused(call, tmp_path, ["run", *ALA], "Permission denied")
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = Path(sys.executable).with_name("openmm-bg")
+    process = subprocess.Popen([command, "systems"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1

@@ -1,0 +1,138 @@
+"""What a run's page claims, from ensembles whose truth is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from openmm_bg import run_report
+from openmm_bg.coordinates import InternalCoordinates, ZMatrix
+from openmm_bg.run_material import Material
+from openmm_bg.run_results import headline, is_good, measure, verdict
+from openmm_bg.run_settings import RunSettings
+
+STEP = {"seconds": 1.0}
+
+
+def conformations(molecule, phi: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Alanine dipeptide with given phi (radians) and psi near 60 degrees; everything else as in its file."""
+    zmatrix = ZMatrix.from_topology(molecule.topology)
+    coordinates = InternalCoordinates(zmatrix)
+    q, _ = coordinates(torch.as_tensor(molecule.positions)[None])
+    q = q.repeat(len(phi), 1)
+    torsions = [frozenset(row) for row in zmatrix.torsions.tolist()]
+    for atoms, values in (((4, 6, 8, 14), phi), ((6, 8, 14, 16), 1.0 + 0.3 * rng.standard_normal(len(phi)))):
+        column = len(zmatrix.bonds) + len(zmatrix.angles) + torsions.index(frozenset(atoms))
+        q[:, column] = torch.as_tensor(values)
+    return coordinates.inverse(q)[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def material(alanine) -> Material:
+    """Four ensembles of one and the same law: phi > 0 with probability 0.3, Gaussian energies, even weights."""
+    rng = np.random.default_rng(1)
+
+    def ensemble(n: int, share: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
+        phi = np.where(rng.random(n) < share, 1.0, -1.5) + 0.2 * rng.standard_normal(n)
+        return conformations(alanine, phi, rng), -25 + 5 * rng.standard_normal(n)
+
+    (md, md_energy), (exchange, exchange_energy) = ensemble(400), ensemble(400)
+    (chain, chain_energy), (samples, sample_energy) = ensemble(400), ensemble(600)
+    samples[:5] = np.nan
+    log_weights = 0.3 * rng.standard_normal(600)
+    log_weights[:5] = -np.inf
+    steps = {
+        "prepare": STEP,
+        "simulate": {**STEP, "exchange_evaluations": 1000, "burst_evaluations": 100, "md_evaluations": 200_000},
+        "train": {**STEP, "evaluations": 5000, "steps": 10, "skipped": 0, "sha256": "f" * 64},
+        "sample": {**STEP, "proposed": 400, "accepted": 200, "refused": 0, "md_steps": 200_000, "resumed": True},
+    }
+    record = {
+        "name": "alanine_dipeptide", "description": "Alanine dipeptide.", "temperature": 300.0, "atoms": 22,
+        "forcefield": ["amber99sbildn.xml"], "settings": dataclasses.asdict(RunSettings()), "command": "",
+        "versions": {}, "system_sha256": "0" * 64, "steps": steps,
+    }  # fmt: skip
+    return Material(
+        record=record, topology=alanine.topology, md=md, md_energy=md_energy, exchange=exchange,
+        exchange_energy=exchange_energy, samples=samples, sample_energy=sample_energy, log_weights=log_weights,
+        held_out_log_weights=0.3 * rng.standard_normal(100), chain=chain, chain_energy=chain_energy,
+        accepted=rng.random(400) < 0.5,
+        training=[
+            {"seconds": 1.0, "stage": "likelihood", "nll": -200.0},
+            {"seconds": 2.0, "stage": "energy", "nll": 5.0, "log_variance": 1.5, "ess": 0.4},
+        ],
+        quality={
+            "ess": 0.9, "ess_clipped": 0.9, "n": 600, "acceptance": 0.8, "forward": 0.9, "largest_log_ratio": 1.0,
+            "held_out_frames": 100, "log_z": 0.0, "log_z_error": 0.01,
+        },
+    )  # fmt: skip
+
+
+def test_equal_ensembles_agree_and_the_page_says_so(material, tmp_path):
+    results = measure(material)
+    assert is_good(results) and results.unmeasured == []
+    assert verdict(results) == "MD with moves agrees with plain MD and with replica exchange within their errors."
+    run_report.write(tmp_path / "report.html", results)
+    page = (tmp_path / "report.html").read_text()
+    for text in ("Passed", "reweighted", "Memory of φ &gt; 0", "mean -log q", "var log w", "1, last leg"):
+        assert text in page, text
+    assert "φ > 0: " in headline(results) and "effective samples per million" in headline(results)
+
+
+def test_the_numbers_are_those_of_the_ensembles(material):
+    summary = measure(material).summary
+    for name in ("MD", "replica exchange", "generator", "reweighted", "MD with moves"):
+        entry = summary["left_handed_share"]["ALA2"][name]
+        assert abs(entry["value"] - 0.3) < 4 * entry["error"] < 0.2
+    moves = summary["effective_samples"]["ALA2"]["MD with moves"]
+    assert moves["force_evaluations"] == 400 * 510
+    assert moves["effective_samples"] == pytest.approx(400, rel=0.5)  # independent frames
+    assert moves["per_million_evaluations_with_training"] == pytest.approx(
+        1e6 * moves["effective_samples"] / (400 * 510 + 6100)
+    )
+    assert summary["cost"]["resumed"] == ["sample"]
+
+
+def test_a_chain_of_another_law_is_called_different(material):
+    other = dataclasses.replace(material, chain=material.chain[::-1].copy(), chain_energy=material.chain_energy + 4)
+    results = measure(other)
+    assert not is_good(results)
+    assert "differs from replica exchange in energy W2" in verdict(results)
+
+
+def test_moves_that_were_never_accepted_are_no_success(material):
+    results = measure(dataclasses.replace(material, accepted=np.zeros(400, dtype=bool)))
+    assert not is_good(results) and "Not one move was accepted" in verdict(results)
+
+
+def test_what_was_not_measured_is_named(material, alanine, tmp_path):
+    rng = np.random.default_rng(2)
+    stuck = {
+        name: conformations(alanine, -1.5 + 0.2 * rng.standard_normal(400), rng) for name in ("md", "exchange", "chain")
+    }
+    results = measure(dataclasses.replace(material, **stuck))
+    assert not is_good(results) and "Not measured, for want of transitions: " in verdict(results)
+    assert "ALA2 left" in results.unmeasured
+    assert "no transition in MD with moves" in headline(results)
+    run_report.write(tmp_path / "report.html", results)
+    page = (tmp_path / "report.html").read_text()
+    assert "With care" in page and "none seen" in page and "Memory of" not in page
+
+
+def test_infinities_and_uneven_weights_are_shown_as_what_they_are(material, tmp_path):
+    log_weights = np.where(np.arange(600) == 300, 60.0, material.log_weights)
+    quality = {**material.quality, "largest_log_ratio": np.inf, "forward": 0.0, "log_z_error": np.nan}
+    held_out = np.where(np.arange(100) == 7, np.inf, material.held_out_log_weights)
+    uneven = dataclasses.replace(
+        material, log_weights=log_weights, held_out_log_weights=held_out, quality=quality
+    )  # fmt: skip
+    results = measure(uneven)
+    json.dumps(results.summary, allow_nan=False)
+    assert results.summary["generator"]["largest_log_ratio"] is None
+    run_report.write(tmp_path / "report.html", results)
+    page = (tmp_path / "report.html").read_text()
+    assert "Reweighted draws are left out" in page and "some of them are out of reach" in page
