@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 .PHONY: run test test-slow wheel-test lint clean
 
 run: $(READY)
-	$(BIN)/openmm-bg run alanine_dipeptide --output $(OUTPUT)
+	$(BIN)/openmm-bg run alanine_dipeptide --output $(OUTPUT) --resume
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

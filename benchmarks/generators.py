@@ -1,9 +1,10 @@
-"""How good a generator becomes, and at what cost: one row per seed, from a molecule to figures on an independent reference.
+"""How good a generator becomes, and at what cost: one row per seed, measured on an independent reference.
 
     python benchmarks/generators.py --reference ala2_reference.npz --output rows.jsonl --flow spline --seed 1
     python benchmarks/generators.py --reference ala2_reference.npz --output rows.jsonl --table
 
-The reference (`benchmarks/reference.py`) is never used for training. A row that is in the output already is not run again.
+The reference (`benchmarks/reference.py`) is never used for training. A row that is in the output already is
+not run again.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def print_table(rows: list[dict]) -> None:
             groups.setdefault((row["key"]["flow"], part), []).append(values)
             print(
                 f"{name:34}" + "".join(f"{v:18.4f}" for v in values)
-                + f"{left['reweighted'][0]:12.4f}±{left['reweighted'][1]:.4f}{left['reference'][0]:11.4f}±{left['reference'][1]:.4f}"
+                + "".join(f"{left[side][0]:12.4f}±{left[side][1]:.4f}" for side in ("reweighted", "reference"))
             )  # fmt: skip
     for (flow, part), values in groups.items():
         if len(values) > 1:

@@ -1,10 +1,11 @@
-"""Effective samples of the indicator phi > 0 per force evaluation: MD with moves against plain MD, and against a reference.
+"""Effective samples of the indicator phi > 0 per force evaluation: MD with moves against plain MD.
 
-    python benchmarks/production.py --generator results/alanine_dipeptide/generator.bg --output production.jsonl --seed 1
+    python benchmarks/production.py --generator generator.bg --output production.jsonl --seed 1
     python benchmarks/production.py --output production.jsonl --plain --steps 10000000 --seed 1
     python benchmarks/production.py --output production.jsonl --reference ala2_reference.npz --table
 
-Each call adds one chain. Training and its data are not in these figures; the report of a run states them with and without.
+Each call adds one chain. Training and its data are not in these figures; the report of a run states them with and
+without.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from openmm_bg.errors import InputError
@@ -18,8 +19,8 @@ Boltzmann generators for OpenMM: a network proposes whole conformations together
 probability density, and molecular dynamics accepts or rejects them exactly.
 
   openmm-bg run alanine_dipeptide --output results/ala2     from nothing to an ensemble and report.html
-  openmm-bg run my.pdb --temperature 310 --output results/mine
-  openmm-bg run my.pdb --output results/mine --resume
+  openmm-bg run my.pdb --temperature 310                    into results/my
+  openmm-bg run my.pdb --resume
 """
 _EPILOG = """\
 A folder holds one run: molecule.pdb, system.xml, generator.bg, trajectory.dcd (MD with moves), moves.csv
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _hint(options: argparse.Namespace) -> str:
-    if not hasattr(options, "output"):
+    if getattr(options, "output", None) is None:
         return ""
     again = "--resume" if hasattr(options, "resume") else "the same command"
     return f"; what is done is in {options.output}, go on with {again}"
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 def _begin(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what")
     what.add_argument("molecule", help="a name (see `openmm-bg systems`) or a PDB file with all hydrogens")
-    what.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
+    what.add_argument("--output", metavar="DIR", help="a new or empty folder (default results/NAME of the molecule)")
     what.add_argument(
         "--resume", action="store_true", help="go on with the run in the folder, or begin it where there is none"
     )
@@ -131,6 +132,8 @@ def _begin(parser: argparse.ArgumentParser) -> None:
 def _start(options: argparse.Namespace, command: str) -> None:
     from openmm_bg import workflow
 
+    if options.output is None:
+        options.output = os.path.join("results", Path(options.molecule).stem)
     with workflow.Run.start(
         options.molecule, options.output, _settings(options),
         forcefield=None if options.forcefield is None else tuple(options.forcefield), resume=options.resume,
@@ -141,7 +144,7 @@ def _start(options: argparse.Namespace, command: str) -> None:
 
 def _settings(options: argparse.Namespace) -> Any:
     """What was asked for; None where nothing was, so that a run that is resumed keeps its own."""
-    from openmm_bg.run_settings import RunSettings
+    from openmm_bg.workflow.settings import RunSettings
 
     names = {field.name for field in dataclasses.fields(RunSettings)}
     chosen = {name: value for name, value in vars(options).items() if name in names and value is not None}

@@ -156,7 +156,6 @@ WORDS = {
     "unknown flow": (["run", *ALA, "--flow", "glow"], "invalid choice: 'glow'"),
     "abbreviated option": (["run", *ALA, "--temp", "310"], "unrecognized arguments: --temp 310"),
     "force field of a name": (["run", *ALA, "--forcefield", "amber14-all.xml"], "has a force field of its own"),
-    "no output": (["run", "alanine_dipeptide"], "required: --output"),
     "no molecule": (["run", "--output", "out"], "required: molecule"),
     "no command": ([], "required: COMMAND"),
     "unknown command": (["walk"], "invalid choice: 'walk'"),
@@ -220,3 +219,11 @@ def test_a_reader_that_leaves_early_is_no_error():
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 1
+
+
+def test_the_folder_has_a_default(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results" / "my").mkdir(parents=True)
+    (tmp_path / "results" / "my" / "here.txt").write_text("kept")
+    (tmp_path / "my.pdb").write_text((Path(systems.__file__).parent / "alanine_dipeptide.pdb").read_text())
+    assert_refused(call, tmp_path, ["run", "my.pdb"], "results/my is not empty")

@@ -23,9 +23,7 @@ def test_imports_run_downwards_only(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     script = Path(sys.executable).with_name("lint-imports")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    result = subprocess.run(
-        [script, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
+    result = subprocess.run([script, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 broken" in result.stdout
 

@@ -54,6 +54,9 @@ class ConditionalWhitening(Transform):
         else:
             residual = y - mean
         covariance = residual.T @ residual / len(y)
+        # shrunk to its diagonal by about its own noise: few samples would leave directions without any spread
+        share = min(1.0, (self.dimension + self.context_dimension) / len(y))
+        covariance = (1 - share) * covariance + share * torch.diag(covariance.diagonal())
         # a coordinate without spread in the data still needs an invertible scale
         floor = 1e-6 * covariance.diagonal().clamp(min=1e-10)
         self._set(mean, slope, covariance + torch.diag(floor))

@@ -25,8 +25,8 @@ from openmm_bg.analysis import (
     measure as measure_distance,
 )
 from openmm_bg.errors import InputError
-from openmm_bg.run_material import Material
-from openmm_bg.run_settings import RunSettings
+from openmm_bg.workflow.material import Material
+from openmm_bg.workflow.settings import RunSettings
 
 _FEW_TRANSITIONS = 10
 _FEW_DRAWS = 50

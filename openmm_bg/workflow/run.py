@@ -29,14 +29,11 @@ import torch
 from openmm import app, unit
 from tqdm.auto import tqdm
 
-from openmm_bg import run_report, systems
+from openmm_bg import systems
 from openmm_bg.app import BoltzmannGeneratorSampler
 from openmm_bg.errors import InputError
 from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.generator_file import refuse_code, write_atomically
-from openmm_bg.run_material import Material
-from openmm_bg.run_results import Results, headline, measure
-from openmm_bg.run_settings import RunSettings, split_frames
 from openmm_bg.sampling import (
     ReplicaExchangeResult,
     Trajectory,
@@ -49,6 +46,10 @@ from openmm_bg.sampling import (
 from openmm_bg.systems import Molecule
 from openmm_bg.units import nanometers
 from openmm_bg.version import __version__
+from openmm_bg.workflow import page
+from openmm_bg.workflow.material import Material
+from openmm_bg.workflow.results import Results, headline, measure
+from openmm_bg.workflow.settings import RunSettings, split_frames
 
 STEPS = ("prepare", "simulate", "train", "sample", "compare", "report")
 _TIMESTEP = 0.001
@@ -394,7 +395,7 @@ class Run:
         """The page, and the headline on the terminal."""
         self._require("report", "compare")
         started = time.perf_counter()
-        run_report.write(self.path("report.html"), self.results)
+        page.write(self.path("report.html"), self.results)
         self._finish("report", started, {})
         self.say(headline(self.results))
         self.say(f"Read {self.path('report.html')}")

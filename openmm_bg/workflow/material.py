@@ -14,7 +14,6 @@ from openmm import app
 
 from openmm_bg.errors import InputError
 from openmm_bg.generator import BoltzmannGenerator
-from openmm_bg.run_settings import RunSettings, split_frames
 from openmm_bg.sampling import (
     Trajectory,
     effective_sample_size,
@@ -24,6 +23,7 @@ from openmm_bg.sampling import (
     log_normalizer,
 )
 from openmm_bg.units import thermal_energy
+from openmm_bg.workflow.settings import RunSettings, split_frames
 
 _CHUNK = 16384
 

@@ -21,10 +21,10 @@ import openmm_bg as bg
 from openmm_bg import cli, workflow
 from openmm_bg.app import BoltzmannGeneratorSampler
 from openmm_bg.errors import InputError
-from openmm_bg.run_material import read_dcd
-from openmm_bg.run_settings import RunSettings, split_frames
+from openmm_bg.workflow.material import read_dcd
+from openmm_bg.workflow.settings import RunSettings, split_frames
 
-DATA = Path(__file__).with_name("data")
+DATA = Path(__file__).resolve().parents[1] / "data"
 BRIEF = [
     "--rehearsal", "--exchange-iterations", "20", "--likelihood-steps", "20", "--training-steps", "10",
     "--md-steps", "2000", "--production-steps", "5000", "--samples", "200", "--quiet",

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from openmm_bg import run_report
 from openmm_bg.coordinates import InternalCoordinates, ZMatrix
-from openmm_bg.run_material import Material
-from openmm_bg.run_results import headline, is_good, measure, verdict
-from openmm_bg.run_settings import RunSettings
+from openmm_bg.workflow import page as run_page
+from openmm_bg.workflow.material import Material
+from openmm_bg.workflow.results import headline, is_good, measure, verdict
+from openmm_bg.workflow.settings import RunSettings
 
 STEP = {"seconds": 1.0}
 
@@ -76,7 +76,7 @@ def test_equal_ensembles_agree_and_the_page_says_so(material, tmp_path):
     results = measure(material)
     assert is_good(results) and results.unmeasured == []
     assert verdict(results) == "MD with moves agrees with plain MD and with replica exchange within their errors."
-    run_report.write(tmp_path / "report.html", results)
+    run_page.write(tmp_path / "report.html", results)
     page = (tmp_path / "report.html").read_text()
     for text in ("Passed", "reweighted", "Memory of φ &gt; 0", "mean -log q", "var log w", "1, last leg"):
         assert text in page, text
@@ -118,7 +118,7 @@ def test_what_was_not_measured_is_named(material, alanine, tmp_path):
     assert not is_good(results) and "Not measured, for want of transitions: " in verdict(results)
     assert "ALA2 left" in results.unmeasured
     assert "no transition in MD with moves" in headline(results)
-    run_report.write(tmp_path / "report.html", results)
+    run_page.write(tmp_path / "report.html", results)
     page = (tmp_path / "report.html").read_text()
     assert "With care" in page and "none seen" in page and "Memory of" not in page
 
@@ -133,6 +133,6 @@ def test_infinities_and_uneven_weights_are_shown_as_what_they_are(material, tmp_
     results = measure(uneven)
     json.dumps(results.summary, allow_nan=False)
     assert results.summary["generator"]["largest_log_ratio"] is None
-    run_report.write(tmp_path / "report.html", results)
+    run_page.write(tmp_path / "report.html", results)
     page = (tmp_path / "report.html").read_text()
     assert "Reweighted draws are left out" in page and "some of them are out of reach" in page

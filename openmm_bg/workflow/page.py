@@ -25,7 +25,7 @@ from openmm_bg.analysis import (
     to_svg,
     training_curves,
 )
-from openmm_bg.run_results import Results, is_good, verdict
+from openmm_bg.workflow.results import Results, is_good, verdict
 
 _LOSS = "mean -log q"
 _LOWEST, _HIGHEST = -2.0, 12.0  # kT; what lies beyond in a profile is noise of single draws
