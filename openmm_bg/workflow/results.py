@@ -291,15 +291,22 @@ def _jsonable(value: Any) -> Any:
 
 def verdict(results: Results) -> str:
     """Whether MD with moves agrees with its references, and what could not be said."""
-    md, exchange = results.against_md, results.against_exchange
-    if exchange.agrees and md.agrees:
-        text = "MD with moves agrees with plain MD and with replica exchange within their errors."
-    elif exchange.agrees:
-        text = f"MD with moves agrees with replica exchange, but differs from plain MD in {_differs(md)}."
-    elif md.agrees:
-        text = f"MD with moves agrees with plain MD, but differs from replica exchange in {_differs(exchange)}."
+    missed = _never_reached(results.against_md)
+    md = [name for name in _differs(results.against_md) if name not in missed]
+    exchange = _differs(results.against_exchange)
+    if exchange and md:
+        text = f"MD with moves differs from replica exchange in {_listed(exchange)}, from plain MD in {_listed(md)}."
+    elif exchange:
+        text = f"MD with moves agrees with plain MD, but differs from replica exchange in {_listed(exchange)}."
+    elif md:
+        text = f"MD with moves agrees with replica exchange, but differs from plain MD in {_listed(md)}."
+    elif missed:
+        text = (
+            "MD with moves agrees with replica exchange within its error, and with plain MD wherever that went: "
+            f"it never crossed to or from {_listed(missed)}."
+        )
     else:
-        text = f"MD with moves differs from replica exchange in {_differs(exchange)}, from plain MD in {_differs(md)}."
+        text = "MD with moves agrees with plain MD and with replica exchange within their errors."
     if not results.material.accepted.any():
         text += " Not one move was accepted, so this is plain MD."
     if results.unmeasured:
@@ -309,13 +316,27 @@ def verdict(results: Results) -> str:
 
 def is_good(results: Results) -> bool:
     """Whether a reader may take the verdict as it stands."""
-    agrees = results.against_md.agrees and results.against_exchange.agrees and not results.unmeasured
-    return bool(agrees and results.material.accepted.any() and not results.is_short)
+    missed = _never_reached(results.against_md)
+    differs = set(_differs(results.against_md)) - set(missed) or _differs(results.against_exchange)
+    return bool(not differs and not results.unmeasured and results.material.accepted.any() and not results.is_short)
 
 
-def _differs(comparison: Comparison) -> str:
+def _differs(comparison: Comparison) -> list[str]:
+    """What differs from a reference that could have known better."""
     names = [d.name for d in comparison.distances if not d.within_floor]
-    return ", ".join([*names, *(_short(p.name) for p in comparison.populations if p.agrees is False)])
+    missed = _never_reached(comparison)
+    return names + [
+        _short(p.name) for p in comparison.populations if p.agrees is False and _short(p.name) not in missed
+    ]
+
+
+def _never_reached(comparison: Comparison) -> list[str]:
+    """Basins whose border the reference never crossed: it is no evidence against samples that do."""
+    return [_short(p.name) for p in comparison.populations if p.agrees is False and math.isnan(p.reference.error)]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names)
 
 
 def _short(name: str) -> str:

@@ -104,6 +104,26 @@ def test_a_chain_of_another_law_is_called_different(material):
     assert "differs from replica exchange in energy W2" in verdict(results)
 
 
+def only_left(comparison):
+    """A comparison of nothing but the population of phi > 0."""
+    left = tuple(p for p in comparison.populations if "left" in p.name)
+    return dataclasses.replace(comparison, distances=(), populations=left)
+
+
+def test_plain_md_that_never_crossed_is_no_evidence(material, alanine):
+    rng = np.random.default_rng(2)
+    inside = conformations(alanine, -1.5 + 0.2 * rng.standard_normal(400), rng)
+    results = measure(dataclasses.replace(material, md=inside))
+    # the distances see it too, as they must
+    assert "differs from plain MD" in verdict(results) and not is_good(results)
+    results.against_md = only_left(results.against_md)
+    assert "it never crossed to or from" in verdict(results)
+    # what the replica exchange never saw is not forgiven
+    results = measure(dataclasses.replace(material, exchange=inside))
+    results.against_exchange = only_left(results.against_exchange)
+    assert "differs from replica exchange in" in verdict(results) and not is_good(results)
+
+
 def test_moves_that_were_never_accepted_are_no_success(material):
     results = measure(dataclasses.replace(material, accepted=np.zeros(400, dtype=bool)))
     assert not is_good(results) and "Not one move was accepted" in verdict(results)
