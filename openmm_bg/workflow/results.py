@@ -322,12 +322,8 @@ def is_good(results: Results) -> bool:
 
 
 def _differs(comparison: Comparison) -> list[str]:
-    """What differs from a reference that could have known better."""
     names = [d.name for d in comparison.distances if not d.within_floor]
-    missed = _never_reached(comparison)
-    return names + [
-        _short(p.name) for p in comparison.populations if p.agrees is False and _short(p.name) not in missed
-    ]
+    return names + [_short(p.name) for p in comparison.populations if p.agrees is False]
 
 
 def _never_reached(comparison: Comparison) -> list[str]:
