@@ -24,7 +24,7 @@ from openmm import app
 
 import openmm_bg as bg
 from openmm_bg import workflow
-from openmm_bg.analysis import backbone_dihedrals, effective_sample_size, populations
+from openmm_bg.analysis import backbone_dihedrals, effective_sample_size, left_handed, populations
 
 STEPS_PER_ITERATION = 500
 
@@ -55,7 +55,7 @@ def main() -> None:
         frames, row = with_moves(molecule, options)
     row |= {"seed": options.seed, "steps": options.steps, "seconds": round(time.perf_counter() - started, 1)}
     angles = backbone_dihedrals(frames, molecule.topology)
-    indicator = (angles.phi[:, 0] > 0).astype(float)
+    indicator = left_handed(angles.phi[:, 0]).astype(float)
     size = effective_sample_size(indicator)
     row |= {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -350,7 +350,7 @@ def test_far_from_the_data_the_density_falls(generator, frames):
     stretched = q.repeat(5, 1)
     stretched[:, 10] += torch.tensor([0.0, 0.05, 0.1, 0.5, 5.0])
     values = generator.log_prob(generator.place(stretched))
-    assert torch.isfinite(values).all() and (values[1:] < values[0] - 1000).all()
+    assert torch.isfinite(values).all() and (values[1:] < values[:-1] - 20).all()
 
 
 def test_broken_weights_are_not_hidden(alanine):

@@ -10,6 +10,7 @@ from openmm_bg.analysis.free_energy import (
     Population,
     Profile,
     free_energy_profile,
+    left_handed,
     populations,
 )
 from openmm_bg.analysis.plots import energy_histograms, log_weight_histogram, phi_profile, ramachandran_maps
@@ -56,6 +57,7 @@ __all__ = [
     "format_value",
     "free_energy_profile",
     "indicator_autocorrelation",
+    "left_handed",
     "log_weight_histogram",
     "measure",
     "phi_profile",

@@ -160,14 +160,38 @@ def _between(angle: ArrayLike, interval: tuple[float, float]) -> np.ndarray:
 
 
 BASINS: tuple[Basin, ...] = (
-    Basin("helix (φ<0, -120°≤ψ<50°)", (-180, 0), (-120, 50)),
-    Basin("sheet (φ<0, other ψ)", (-180, 0), (50, -120)),
-    Basin("left (φ>0)", (0, 180), (-180, 180)),
+    Basin("helix (φ<0, -120°≤ψ<50°)", (150, 0), (-120, 50)),
+    Basin("sheet (φ<0, other ψ)", (150, 0), (50, -120)),
+    Basin("left (φ>0)", (0, 150), (-180, 180)),
 )
 """The basins of a capped amino acid: right-handed helix; sheet and PII; left-handed helix and C7ax.
 
-Every frame lies in exactly one.
+Every frame lies in exactly one. The strip beyond φ = 150° counts to φ < 0: the sheet leaks over ±180°, and a visit
+there crosses no barrier.
 """
+
+
+def left_handed(phi: ArrayLike) -> np.ndarray:
+    """The indicator φ > 0, without the strip beyond 150° that belongs to the sheet.
+
+    What a peptide crosses most slowly. Counting the strip would call every tremor of the sheet across ±180° a
+    transition.
+
+    Parameters
+    ----------
+    phi : array
+        Radians.
+
+    Returns
+    -------
+    array of bool
+
+    Examples
+    --------
+    >>> left_handed(np.radians([-60.0, 60.0, 170.0])).tolist()
+    [False, True, False]
+    """
+    return _between(phi, (0.0, 150.0))
 
 
 def populations(

@@ -151,7 +151,7 @@ class ReversePath:
         (gradient,) = torch.autograd.grad(q, leaf, torch.where(torch.isfinite(q), gradient_q, 0.0))
         log_w = -u - log_q_t.detach() - log_q_y.detach()
         loss = self._path(y, gradient + score, log_w, explored)
-        summary = _summary(log_w)
+        summary = _summary(log_w[~explored])
         if flow.torsions is not None and self.variance > 0:
             # only the torsions' density carries a gradient here
             spread = self._log_variance(log_w + log_q_t.detach() - log_q_t, explored)

@@ -260,11 +260,12 @@ def _notes(results: Results) -> list[str]:
         "The moves are exact; the dynamics beside them keeps the error of its 1 fs time step, as does plain MD.",
         "The effective sample size of the draws cannot see what the generator never makes. The forward figure on "
         "frames of the target can, as far as those frames reach.",
-        "Peptide bonds may turn cis only as far as training data or the broadened torsions reach them; chirality and "
-        "hydrogen labels are kept by construction.",
+        "Peptide bonds turn cis as far as training found such conformations; chirality and hydrogen labels are kept by "
+        "construction.",
     ]
     if results.residues:
         notes.append(
+            "φ > 0 leaves out the strip beyond 150°, into which the sheet leaks over ±180° without crossing a barrier. "
             "Plain MD here is short. Where it made few transitions its own populations are not evidence, and the "
             "replica exchange is the better reference."
         )

@@ -19,6 +19,7 @@ from openmm_bg.analysis import (
     effective_sample_size,
     energy_w2,
     format_value,
+    left_handed,
     populations,
 )
 from openmm_bg.analysis import (
@@ -175,7 +176,7 @@ def _ensemble(
         n = float(len(energy)) if weights is None else _kish(weights)
         size: tuple[float, ...] = (n,) * len(angles.residues)
     else:
-        size = tuple(effective_sample_size(phi > 0) for phi in angles.phi.T)
+        size = tuple(effective_sample_size(left_handed(phi)) for phi in angles.phi.T)
     return Ensemble(angles, energy, weights, pops, size)
 
 
@@ -187,7 +188,7 @@ def _series(ensemble: Ensemble) -> np.ndarray:
     """(observables, frames): phi > 0 of every residue, or the energy."""
     if ensemble.backbone is None:
         return ensemble.energy[None]
-    return (ensemble.backbone.phi.T > 0).astype(float)
+    return left_handed(ensemble.backbone.phi.T).astype(float)
 
 
 def _compare(m: Material, reference: np.ndarray, energy: np.ndarray, backbone: bool) -> Comparison:
