@@ -47,7 +47,8 @@ def main(everything: bool) -> int:
             print(f"the checkout was imported instead of the wheel: {where}")
             return 1
         chosen = [str(tests)] if everything else [str(tests / name) for name in QUICK]
-        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--rootdir", str(place)]
+        command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "-m", "not slow"]
+        command += ["--rootdir", str(place)]
         return subprocess.run([*command, *chosen], cwd=place).returncode
 
 
