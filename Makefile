@@ -22,7 +22,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 wheel-test: $(READY)
-	$(BIN)/python tests/wheel.py
+	$(BIN)/python tests/wheel.py --all
 
 # torch first and by its exact version: where a CPU build is at hand, this takes it and nothing larger
 $(READY): pyproject.toml setup.py constraints.txt
