@@ -203,7 +203,8 @@ def log_weight_histogram(reverse: ArrayLike, forward: ArrayLike | None = None, *
     valid, held = valid - shift, f[np.isfinite(f)] - shift
     everything = np.concatenate([valid, held])
     high = everything.max()
-    low = max(np.quantile(everything, 0.002), min(high, 0.0) - _LOWEST_LOG_RATIO)
+    # a broadened share of a few percent lies far to the left and would squeeze the rest into one bar
+    low = max(np.quantile(everything, 0.03) - 0.5, min(high, 0.0) - _LOWEST_LOG_RATIO)
     edges = np.linspace(low, high + 0.03 * (high - low) + 1e-6, bins + 1)
     figure = new_figure(5.3, 3.5)
     ax = figure.subplots()
