@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import struct
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from safetensors.torch import save as save_tensors
 from openmm_bg.coordinates import InternalCoordinates
 from openmm_bg.energies import Energy, ForceFieldEnergy
 from openmm_bg.errors import InputError
+from openmm_bg.files import write_atomically
 from openmm_bg.flows import Flow, MolecularFlow, RealNVP, SplineFlow
 
 if TYPE_CHECKING:
@@ -104,20 +103,6 @@ def pack(generator: BoltzmannGenerator) -> tuple[bytes, str]:
     fingerprint = _digest(header, tensors)
     metadata = {"openmm_bg": json.dumps(header, sort_keys=True), "sha256": fingerprint}
     return save_tensors(tensors, metadata), fingerprint
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def save(generator: BoltzmannGenerator, path: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -12,6 +11,7 @@ from pathlib import Path
 from openmm_bg.analysis import page
 from openmm_bg.analysis.style import prefix_ids
 from openmm_bg.errors import InputError
+from openmm_bg.files import write_atomically
 
 
 class Status(Enum):
@@ -146,19 +146,6 @@ def report(
     body.append(page.section("numbers", "Numbers", [page.table(t.title, t.columns, t.rows, t.caption) for t in tables]))
     body.append(page.section("limits", "Limits", [page.notes(notes)] if notes else []))
     body.append(page.section("provenance", "Provenance", [page.definitions(provenance)] if provenance else []))
-    _write(target, page.document(title, "\n".join(part for part in body if part)))
+    document = page.document(title, "\n".join(part for part in body if part))
+    write_atomically(target, document.encode())
     return target
-
-
-def _write(target: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's own 0600 would hide the page from others
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import tempfile
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from openmm_bg.errors import InputError
+from openmm_bg.files import write_atomically
 
 __all__ = ["load_arrays", "save_arrays"]
 
 
 def save_arrays(path: str | os.PathLike[str], header: dict[str, Any], **arrays: np.ndarray) -> None:
     """Write arrays and a JSON header to `path` as `.npz`; a reader sees the old file or the new, never half."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, header=np.array(json.dumps(header)), **arrays)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, header=np.array(json.dumps(header)), **arrays)
+    write_atomically(path, buffer.getvalue())
 
 
 def load_arrays(path: str | os.PathLike[str], names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

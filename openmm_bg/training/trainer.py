@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from openmm_bg.errors import InputError
+from openmm_bg.files import write_atomically
 from openmm_bg.generator import BoltzmannGenerator
-from openmm_bg.generator_file import write_atomically
 from openmm_bg.sampling.metropolis import independence_acceptance
 from openmm_bg.sampling.reweighting import effective_sample_size
 from openmm_bg.training.objectives import Objective, Step, check_needs

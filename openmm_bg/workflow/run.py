@@ -32,8 +32,9 @@ from tqdm.auto import tqdm
 from openmm_bg import systems
 from openmm_bg.app import BoltzmannGeneratorSampler
 from openmm_bg.errors import InputError
+from openmm_bg.files import write_atomically
 from openmm_bg.generator import BoltzmannGenerator
-from openmm_bg.generator_file import refuse_code, write_atomically
+from openmm_bg.generator_file import refuse_code
 from openmm_bg.sampling import (
     ReplicaExchangeResult,
     Trajectory,
