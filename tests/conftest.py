@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# a shell starts what it puts in the background deaf to Ctrl-C; the tests of interrupts need to hear it
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
