@@ -398,6 +398,7 @@ class BoltzmannGenerator(nn.Module):
         """
         try:
             with warnings.catch_warnings():
+                # asked for a yes or no: a System that merely differs is a yes
                 warnings.simplefilter("ignore")
                 self.check_simulation(topology, system, atoms)
         except InputError:

@@ -15,6 +15,11 @@ if threading.current_thread() is threading.main_thread() and signal.getsignal(si
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Known outside the checkout as well, where no pyproject.toml tells."""
+    config.addinivalue_line("markers", "slow: takes more than a minute; run with -m slow")
+
+
 @pytest.fixture(scope="session")
 def alanine():
     """ACE-ALA-NME, amber99sbildn + amber99_obc, NoCutoff, no constraints, 300 K."""

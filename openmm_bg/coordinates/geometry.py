@@ -98,8 +98,8 @@ def dihedral(x: Tensor, quadruples: Tensor) -> Tensor:
     ``atan2(|b2| b1 . (b2 x b3), (b1 x b2) . (b2 x b3))`` with b1 = x_j - x_i, b2 = x_k - x_j, b3 = x_l - x_k
     (Blondel and Karplus, J. Comput. Chem. 17, 1132 (1996)).
     """
-    i, j, k, l = _points(x, quadruples)  # noqa: E741
-    b1, b2, b3 = j - i, k - j, l - k
+    first, second, third, fourth = _points(x, quadruples)
+    b1, b2, b3 = second - first, third - second, fourth - third
     n1, n2 = _cross(b1, b2), _cross(b2, b3)
     axis = _dot(b2, b2)
     limit = collinearity_threshold(x.dtype) ** 2 * axis
