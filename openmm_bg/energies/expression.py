@@ -39,7 +39,7 @@ class Node:
     (x + x)
     """
 
-    __slots__ = ("operation", "operands", "value", "__weakref__")
+    __slots__ = ("__weakref__", "operands", "operation", "value")
     operation: str
     operands: tuple[Node, ...]
     value: Any

@@ -128,7 +128,14 @@ class _OnGPU:
 
     def __init__(self, kernel: Kernel, dtype: torch.dtype, device: torch.device) -> None:
         text = f"typedef {_TYPES[dtype]} T;\n{kernel.source.text}"
-        self.functions = [torch.cuda._compile_kernel(text, name) for name in ("energy", "gradient")]
+        make = getattr(torch.cuda, "compile_kernel", None) or getattr(torch.cuda, "_compile_kernel", None)
+        if make is None:
+            raise NoCompiler("this version of torch cannot compile CUDA kernels")
+        try:
+            with torch.cuda.device(device):
+                self.functions = [make(text, name) for name in ("energy", "gradient")]
+        except (RuntimeError, OSError) as error:
+            raise NoCompiler(f"the CUDA kernel does not compile: {' '.join(str(error).split())[:300]}") from error
         self.atoms, self.scratch = kernel.model.num_atoms, kernel.source.scratch * kernel.model.num_atoms
         self.dtype, self.device = dtype, device
         self.index = [torch.as_tensor(table, dtype=torch.int32, device=device).contiguous() for table in kernel.index]
@@ -161,7 +168,7 @@ class _OnGPU:
         return u, g.t().reshape(x.shape) if gradient else g
 
 
-# ---- the numbers ------------------------------------------------------------------------------------------------------
+# ---- the numbers ---------------------------------------------------------------------------------------
 
 
 def _index(columns: Columns) -> np.ndarray:
@@ -197,7 +204,7 @@ def _parameters(columns: Columns, global_parameters: Mapping[str, float]) -> np.
     return np.stack(table, 1) if table else np.zeros((rows, 0))
 
 
-# ---- the compiler -----------------------------------------------------------------------------------------------------
+# ---- the compiler --------------------------------------------------------------------------------------
 
 
 def cache_directory() -> Path:

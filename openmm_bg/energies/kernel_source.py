@@ -6,11 +6,13 @@ kind share one compiled kernel. The same text compiles for vector registers, for
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from importlib import resources
 
 from openmm_bg.energies import expression
 from openmm_bg.energies.expression import Node
+from openmm_bg.energies.kernel_text import AXES, Expressions, geometry, indent
 from openmm_bg.energies.model import Coordinate, Model, PairwiseSums, Terms
 
 
@@ -99,11 +101,11 @@ __device__ void thread(const T* x, T* u, T* g, T* M, long lanes, long atoms, con
   u[lane] = conformation<GRADIENT>(M, lanes, atoms, index, table, count);
   if (GRADIENT) for (long k = 0; k < 3 * atoms; ++k) g[k * lanes + lane] = AT(3 * atoms + k);
 }
-extern "C" __global__ void energy(const T* x, T* u, T* g, T* M, long lanes, long atoms, const int* const* index,
+extern "C" __global__ void energy(const T* x, T* u, T* g, T* M, int lanes, int atoms, const int* const* index,
                                   const T* const* table, const long* count) {
   thread<false>(x, u, g, M, lanes, atoms, index, table, count);
 }
-extern "C" __global__ void gradient(const T* x, T* u, T* g, T* M, long lanes, long atoms, const int* const* index,
+extern "C" __global__ void gradient(const T* x, T* u, T* g, T* M, int lanes, int atoms, const int* const* index,
                                     const T* const* table, const long* count) {
   thread<true>(x, u, g, M, lanes, atoms, index, table, count);
 }
@@ -146,7 +148,6 @@ extern "C" int evaluate(const T* x, T* u, T* g, long rows, long atoms, long scra
 #endif
 """
 
-_AXES = "xyz"
 _DISTANCE = {"r": "r", "1/r": "ri"}
 
 
@@ -155,7 +156,7 @@ class _Writer:
         self.columns: list[Columns] = []
         self.functions: list[object] = []
         self.scratch = 0  # entries per atom beyond positions and gradient
-        self.fresh = 0
+        self.fresh = itertools.count()
 
     # ---- terms ------------------------------------------------------------------------------------------------
 
@@ -173,17 +174,17 @@ class _Writer:
         names = {f"#{k}": f"c{k}" for k in range(len(hoisted))}
         backward: list[str] = []
         for k, (name, coordinate) in enumerate(terms.coordinates.items()):
-            forward, back = _geometry(coordinate, f"q{k}")
-            lines += _indent(forward)
+            forward, back = geometry(coordinate, f"q{k}")
+            lines += indent(forward)
             names |= {name: f"q{k}"} | ({f"1/{name}": f"q{k}i"} if coordinate.kind == "distance" else {})
             backward += [line.replace("$", f"q{k}_slope") for line in back]
         energy, *rest = nodes
-        emitter = _Expressions(self, names)
-        lines += _indent([*emitter.lines([energy]), f"u = u + {emitter.name(energy)};"])
+        emitter = self.expressions(names)
+        lines += indent([*emitter.lines([energy]), f"u = u + {emitter.name(energy)};"])
         lines.append("  if (GRADIENT) {")
-        lines += _indent(emitter.lines(rest), 2)
+        lines += indent(emitter.lines(rest), 2)
         lines += [f"    const V q{k}_slope = {emitter.name(slope)};" for k, slope in enumerate(rest)]
-        return [*lines, *_indent(backward, 2), "  }", "}"]
+        return [*lines, *indent(backward, 2), "  }", "}"]
 
     # ---- sums over pairs --------------------------------------------------------------------------------------
 
@@ -203,8 +204,8 @@ class _Writer:
         for part, (energy, _) in enumerate(s.paired):
             lines += self.paired(s, part, energy, values, value_at, adjoint_at)
         lines.append("if (GRADIENT) {")
-        lines += _indent(self.chain(s, values, value_at, adjoint_at))
-        lines += _indent(self.first_value(s, first, first_slope, value_at, adjoint_at))
+        lines += indent(self.chain(s, values, value_at, adjoint_at))
+        lines += indent(self.first_value(s, first, first_slope, value_at, adjoint_at))
         return [*lines, "}"]
 
     def first_value(
@@ -216,18 +217,18 @@ class _Writer:
             self.first_table = self.table(Columns(s, "first", nodes=list(hoisted.values())))
         number, size = self.first_table, len(hoisted)
         name = s.first[0]
-        forward, back = _geometry(Coordinate("distance", (0, 1)), "r")
+        forward, back = geometry(Coordinate("distance", (0, 1)), "r")
         lines = [
             f"for (long t = 0; t < count[{number}]; ++t) {{",
             f"  const int* a = index[{number}] + t * 2;",
-            *_indent(forward),
+            *indent(forward),
             *self.load(number, "2 * t", size, "c"),
             *self.load(number, "2 * t + 1", size, "d"),
         ]
         emitted = []
         for letter in "cd":
-            emitter = _Expressions(self, _DISTANCE | {f"#{k}": f"{letter}{k}" for k in range(size)})
-            lines += _indent(emitter.lines([value_left if slope is None else slope_left]))
+            emitter = self.expressions(_DISTANCE | {f"#{k}": f"{letter}{k}" for k in range(size)})
+            lines += indent(emitter.lines([value_left if slope is None else slope_left]))
             emitted.append(emitter.name(value_left if slope is None else slope_left))
         if slope is None:
             at = value_at[name]
@@ -235,12 +236,12 @@ class _Writer:
         else:
             at = adjoint_at[name]
             lines.append(f"  const V slope = AT({at} + a[0]) * {emitted[0]} + AT({at} + a[1]) * {emitted[1]};")
-            lines += _indent([line.replace("$", "slope") for line in back])
+            lines += indent([line.replace("$", "slope") for line in back])
         return [*lines, "}"]
 
     def own(self, s: PairwiseSums, values: list[str]) -> list[str]:
         """The variables of a particle: its values and its position."""
-        return [*values, *(axis for axis in _AXES if axis not in s.parameters and axis not in values)]
+        return [*values, *(axis for axis in AXES if axis not in s.parameters and axis not in values)]
 
     def per_atom(
         self, s: PairwiseSums, values: list[str], value_at: dict[str, str], adjoint_at: dict[str, str]
@@ -259,31 +260,31 @@ class _Writer:
         self.atom_table = self.table(Columns(s, "atoms", nodes=list(hoisted.values())))
         lines, emitter = self.begin_atom(s, values, value_at, len(hoisted))
         for name, node in zip(values[1:], left[:count], strict=True):
-            lines += _indent(emitter.lines([node]))
+            lines += indent(emitter.lines([node]))
             lines.append(f"  const V v{values.index(name)} = {emitter.name(node)};")
             lines.append(f"  AT({value_at[name]} + i) = v{values.index(name)};")
-        lines += _indent([*emitter.lines([left[count]]), f"u = u + {emitter.name(left[count])};"])
+        lines += indent([*emitter.lines([left[count]]), f"u = u + {emitter.name(left[count])};"])
         lines.append("  if (GRADIENT) {")
         own = left[count + 1 : count + 1 + len(inner)]
-        lines += _indent(emitter.lines(own), 2)
+        lines += indent(emitter.lines(own), 2)
         for name, node in zip(inner, own, strict=True):
             if not expression.is_number(node, 0):
-                place = f"AT({adjoint_at[name]} + i)" if name in values else f"D(i, {_AXES.index(name)})"
+                place = f"AT({adjoint_at[name]} + i)" if name in values else f"D(i, {AXES.index(name)})"
                 lines.append(f"    {place} = {place} + {emitter.name(node)};")
         return [*lines, "  }", "}"]
 
     def begin_atom(
         self, s: PairwiseSums, values: list[str], value_at: dict[str, str], size: int, all_values: bool = False
-    ) -> tuple[list[str], _Expressions]:
+    ) -> tuple[list[str], Expressions]:
         lines = ["for (long i = 0; i < atoms; ++i) {", *self.load(self.atom_table, "i", size, "c")]
         names = {f"#{k}": f"c{k}" for k in range(size)}
         names |= {name: f"v{k}" for k, name in enumerate(values)}
         for k, name in enumerate(values if all_values else values[:1]):
             lines.append(f"  const V v{k} = AT({value_at[name]} + i);")
         for axis in self.own(s, values)[len(values) :]:
-            lines.append(f"  const V p{axis} = X(i, {_AXES.index(axis)}); (void)p{axis};")
+            lines.append(f"  const V p{axis} = X(i, {AXES.index(axis)}); (void)p{axis};")
             names[axis] = f"p{axis}"
-        return lines, _Expressions(self, names)
+        return lines, self.expressions(names)
 
     def paired(
         self,
@@ -298,11 +299,11 @@ class _Writer:
         slopes = [expression.derivative(energy, name) for name in inner]
         (energy, *slopes), hoisted = expression.hoist([energy, *slopes], inner)
         number = self.table(Columns(s, "paired", part, list(hoisted.values())))
-        forward, back = _geometry(Coordinate("distance", (0, 1)), "r")
+        forward, back = geometry(Coordinate("distance", (0, 1)), "r")
         lines = [
             f"for (long t = 0; t < count[{number}]; ++t) {{",
             f"  const int* a = index[{number}] + t * 2;",
-            *_indent(forward),
+            *indent(forward),
             *self.load(number, "t", len(hoisted), "c"),
         ]
         names = _DISTANCE | {f"#{k}": f"c{k}" for k in range(len(hoisted))}
@@ -312,16 +313,16 @@ class _Writer:
                 names[f"{name}{side}"] = f"v{k}_{side}"
                 if f"{name}{side}" in used:
                     lines.append(f"  const V v{k}_{side} = AT({value_at[name]} + a[{side - 1}]);")
-        emitter = _Expressions(self, names)
-        lines += _indent([*emitter.lines([energy]), f"u = u + {emitter.name(energy)};"])
+        emitter = self.expressions(names)
+        lines += indent([*emitter.lines([energy]), f"u = u + {emitter.name(energy)};"])
         lines.append("  if (GRADIENT) {")
-        lines += _indent(emitter.lines(slopes), 2)
+        lines += indent(emitter.lines(slopes), 2)
         for name, slope in list(zip(inner, slopes, strict=True))[1:]:
             if not expression.is_number(slope, 0):
                 place = f"AT({adjoint_at[name[:-1]]} + a[{int(name[-1]) - 1}])"
                 lines.append(f"    {place} = {place} + {emitter.name(slope)};")
         lines.append(f"    const V slope = {emitter.name(slopes[0])};")
-        return [*lines, *_indent([line.replace("$", "slope") for line in back], 2), "  }", "}"]
+        return [*lines, *indent([line.replace("$", "slope") for line in back], 2), "  }", "}"]
 
     def chain(
         self, s: PairwiseSums, values: list[str], value_at: dict[str, str], adjoint_at: dict[str, str]
@@ -337,8 +338,8 @@ class _Writer:
                 slope = further[k, name]
                 if expression.is_number(slope, 0):
                     continue
-                lines += _indent(emitter.lines([slope]))
-                place = f"w{values.index(name)}" if name in values else f"D(i, {_AXES.index(name)})"
+                lines += indent(emitter.lines([slope]))
+                place = f"w{values.index(name)}" if name in values else f"D(i, {AXES.index(name)})"
                 lines.append(f"  {place} = {place} + w{k + 1} * {emitter.name(slope)};")
         return [*lines, f"  AT({adjoint_at[values[0]]} + i) = w0;", "}"]
 
@@ -353,174 +354,15 @@ class _Writer:
         lines = [f"  const T* {pointer} = table[{number}] + ({row}) * {size}; (void){pointer};"]
         return lines + [f"  const V {letter}{k}({pointer}[{k}]);" for k in range(size)]
 
+    def expressions(self, names: dict[str, str]) -> Expressions:
+        return Expressions(names, self.fresh, self.function)
+
     def function(self, function: object) -> int:
         for k, known in enumerate(self.functions):
             if known is function:
                 return k
         self.functions.append(function)
         return len(self.functions) - 1
-
-
-class _Expressions:
-    """Writes nodes as a sequence of constants, each node once."""
-
-    def __init__(self, writer: _Writer, names: dict[str, str]) -> None:
-        self.writer, self.names = writer, names
-        self.known: dict[Node, str] = {}
-
-    def lines(self, nodes: list[Node]) -> list[str]:
-        lines = []
-        for node in expression.in_order(nodes):
-            if node in self.known:
-                continue
-            if node.operation == "number":
-                self.known[node] = f"V(T({node.value!r}))" if _finite(node.value) else _special(node.value)
-            elif node.operation == "variable":
-                self.known[node] = self.names[node.value]
-            else:
-                name = self.known[node] = f"e{self.writer.fresh}"
-                self.writer.fresh += 1
-                lines.append(f"const V {name} = {self.write(node)};")
-        return lines
-
-    def name(self, node: Node) -> str:
-        return self.known[node]
-
-    def write(self, node: Node) -> str:
-        arguments = [self.known[a] for a in node.operands]
-        match node.operation:
-            case "add":
-                for k in (0, 1):
-                    negated = _negated(node.operands[k])
-                    if negated is not None and negated in self.known:
-                        return f"{arguments[1 - k]} - {self.known[negated]}"
-                return " + ".join(arguments)
-            case "multiply":
-                negated = _negated(node)
-                return f"-{self.known[negated]}" if negated is not None else " * ".join(arguments)
-            case "recip":
-                inverse = self.names.get(f"1/{node.operands[0].value}")
-                return inverse or f"f_recip({arguments[0]})"
-            case "select" if node.operands[0].operation == "step":
-                condition = self.known[node.operands[0].operands[0]]
-                return f"f_where(f_ge({condition}, zero), {arguments[1]}, {arguments[2]})"
-            case "sec" | "csc" | "cot":
-                plain = {"sec": "cos", "csc": "sin", "cot": "tan"}[node.operation]
-                return f"f_recip(f_{plain}({arguments[0]}))"
-            case "table":
-                function, orders = node.value
-                head = f"table[FUNCTIONS + {self.writer.function(function)}]"
-                size = len(arguments)
-                listed = ", ".join(map(str, orders))
-                return (
-                    f"[&] {{ const V at[{size}] = {{{', '.join(arguments)}}}; const int orders[{size}] = {{{listed}}}; "
-                    f"return f_table<{size}>({head}, at, orders); }}()"
-                )
-        return f"f_{node.operation}({', '.join(arguments)})"
-
-
-def _negated(node: Node) -> Node | None:
-    """x of -x."""
-    if node.operation == "multiply":
-        for inner, other in (node.operands, node.operands[::-1]):
-            if expression.is_number(inner, -1):
-                return other
-    return None
-
-
-def _geometry(coordinate: Coordinate, q: str) -> tuple[list[str], list[str]]:
-    """How a coordinate is computed, and how a slope, written ``$``, goes from it to the gradient."""
-    particles = coordinate.particles
-    if coordinate.kind in _AXES:
-        axis = _AXES.index(coordinate.kind)
-        place = f"D(a[{particles[0]}], {axis})"
-        return [f"const V {q} = X(a[{particles[0]}], {axis});"], [f"{place} = {place} + $;"]
-    if coordinate.kind == "distance":
-        i, j = particles
-        forward = [
-            *_difference(f"{q}d", i, j),
-            f"const V {q}2 = {_dot(f'{q}d', f'{q}d')}, {q}i = f_rsqrt({q}2);",
-            # coincident atoms are at distance 0, and pull in no direction
-            f"const V {q}inv = f_where(f_gt({q}2, zero), {q}i, zero), {q} = {q}2 * {q}inv;",
-        ]
-        back = [f"const V {q}f = $ * {q}inv;"]
-        for axis, letter in enumerate(_AXES):
-            back.append(f"{{ const V f = {q}f * {q}d{letter};")
-            back += [f"  D(a[{i}], {axis}) = D(a[{i}], {axis}) + f; D(a[{j}], {axis}) = D(a[{j}], {axis}) - f; }}"]
-        return forward, back
-    if coordinate.kind == "angle":
-        i, j, k = particles
-        a, b, c = f"{q}a", f"{q}b", f"{q}c"
-        forward = [
-            *_difference(a, i, j),
-            *_difference(b, k, j),
-            *_cross(c, a, b),
-            f"const V {q}aa = {_dot(a, a)}, {q}bb = {_dot(b, b)}, {q}cc = {_dot(c, c)};",
-            f"const V {q}ci = f_where(f_gt({q}cc, zero), f_rsqrt({q}cc), zero);",
-            f"const V {q} = f_where(f_gt({q}aa * {q}bb, zero), f_atan2({q}cc * {q}ci, {_dot(a, b)}), zero / zero);",
-        ]
-        back = [
-            *_cross(f"{q}u", a, c),
-            *_cross(f"{q}w", c, b),
-            f"const V {q}fi = $ * {q}ci / {q}aa, {q}fk = $ * {q}ci / {q}bb;",
-        ]
-        for axis, letter in enumerate(_AXES):
-            back += [
-                f"{{ const V f = {q}fi * {q}u{letter}, h = {q}fk * {q}w{letter};",
-                f"  D(a[{i}], {axis}) = D(a[{i}], {axis}) + f; D(a[{k}], {axis}) = D(a[{k}], {axis}) + h;",
-                f"  D(a[{j}], {axis}) = D(a[{j}], {axis}) - (f + h); }}",
-            ]
-        return forward, back
-    i, j, k, m = particles
-    b1, b2, b3, c1, c2 = (f"{q}{name}" for name in ("b1", "b2", "b3", "c1", "c2"))
-    forward = [
-        *_difference(b1, j, i),
-        *_difference(b2, k, j),
-        *_difference(b3, m, k),
-        *_cross(c1, b1, b2),
-        *_cross(c2, b2, b3),
-        f"const V {q}n1 = {_dot(c1, c1)}, {q}n2 = {_dot(c2, c2)}, {q}bb = {_dot(b2, b2)};",
-        f"const V {q}bi = f_rsqrt({q}bb), {q}bl = {q}bb * {q}bi;",
-        f"const V {q} = f_where(f_gt({q}n1 * {q}n2, zero), f_atan2({_dot(b1, c2)} * {q}bl, {_dot(c1, c2)}), zero / zero);",
-    ]
-    back = [
-        f"const V {q}fi = -($ * {q}bl / {q}n1), {q}fm = $ * {q}bl / {q}n2;",
-        f"const V {q}p = {_dot(b1, b2)} * {q}bi * {q}bi, {q}s = {_dot(b3, b2)} * {q}bi * {q}bi;",
-    ]
-    for axis, letter in enumerate(_AXES):
-        back += [
-            f"{{ const V f = {q}fi * {c1}{letter}, h = {q}fm * {c2}{letter}, w = {q}p * f - {q}s * h;",
-            f"  D(a[{i}], {axis}) = D(a[{i}], {axis}) + f; D(a[{j}], {axis}) = D(a[{j}], {axis}) - (f + w);",
-            f"  D(a[{k}], {axis}) = D(a[{k}], {axis}) + (w - h); D(a[{m}], {axis}) = D(a[{m}], {axis}) + h; }}",
-        ]
-    return forward, back
-
-
-def _difference(name: str, head: int, tail: int) -> list[str]:
-    return [f"const V {name}{axis} = X(a[{head}], {k}) - X(a[{tail}], {k});" for k, axis in enumerate(_AXES)]
-
-
-def _dot(a: str, b: str) -> str:
-    return "(" + " + ".join(f"{a}{axis} * {b}{axis}" for axis in _AXES) + ")"
-
-
-def _cross(name: str, a: str, b: str) -> list[str]:
-    return [
-        f"const V {name}{x} = {a}{y} * {b}{z} - {a}{z} * {b}{y};"
-        for x, y, z in (("x", "y", "z"), ("y", "z", "x"), ("z", "x", "y"))
-    ]
-
-
-def _indent(lines: list[str], levels: int = 1) -> list[str]:
-    return ["  " * levels + line for line in lines]
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0
-
-
-def _special(value: float) -> str:
-    return "(zero / zero)" if value != value else "(one / zero)" if value > 0 else "(-(one / zero))"
 
 
 def _comment(label: str) -> str:
