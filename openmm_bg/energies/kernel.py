@@ -229,7 +229,11 @@ def _library(text: str, number: str) -> ctypes.CDLL:
     target = cache_directory() / f"{name}.so"
     if not target.exists():
         _compile(command, text, target)
-    library = ctypes.CDLL(str(target))
+    try:
+        library = ctypes.CDLL(str(target))
+    except OSError:  # a damaged file
+        _compile(command, text, target)
+        library = ctypes.CDLL(str(target))
     library.evaluate.restype = ctypes.c_int
     return library
 
