@@ -33,7 +33,8 @@ def parse(text: str, functions: Mapping[str, Any] | None = None) -> Node:
     text
         In Lepton's grammar.
     functions
-        Tabulated functions by name: objects with `dimensions`, see `tabulated`.
+        Tabulated functions by name: objects with `dimensions`, see `tabulated`. One with a method `expand` is not
+        called later but replaced by the expression that it returns.
 
     Raises
     ------
@@ -122,14 +123,19 @@ class _Parser:
             arguments.append(self.climb(0))
         self.expect(")")
         if name in self.functions:
-            count, make = self.functions[name].dimensions, None
+            function = self.functions[name]
+            count = function.dimensions
         elif name in _FUNCTIONS:
-            count, make = _FUNCTIONS[name], name
+            function, count = None, _FUNCTIONS[name]
         else:
             raise self.error(f"unknown function {name!r}")
         if len(arguments) != count:
             raise self.error(f"{name} takes {count} arguments, not {len(arguments)}")
-        return expression.apply(make, *arguments) if make else expression.table(self.functions[name], *arguments)
+        if function is None:
+            return expression.apply(name, *arguments)
+        if hasattr(function, "expand"):
+            return function.expand(*arguments)
+        return expression.table(function, *arguments)
 
     def peek(self) -> str:
         kind, token = self.tokens[self.place] if self.place < len(self.tokens) else ("", "")

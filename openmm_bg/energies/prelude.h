@@ -133,7 +133,7 @@ DEVICE T falling(int power, int order) {
 }
 
 // A value of a piecewise cubic in D variables, or of a table of numbers. `head` begins with what `kernel.py` writes:
-// kind (0 natural, 1 periodic, 2 discrete), then cells, lower end and spacing for each variable, then the numbers.
+// kind (0 natural, 1 periodic, 2 discrete, 3 periodic maps chosen by the first argument), then cells, lower end and spacing for each variable, then the numbers.
 template <int D>
 DEVICE T look_up(const T* head, const T* arguments, const int* orders) {
   const T invalid = T(0) / T(0);
@@ -141,18 +141,19 @@ DEVICE T look_up(const T* head, const T* arguments, const int* orders) {
   const T* numbers = head + 1 + 3 * D;
   long cell = 0;
   T weights[D][4];
+  T flat = 1;  // of the choice of a map nothing depends smoothly
   for (int d = 0; d < D; ++d) {
     const T count = head[1 + 3 * d], lower = head[2 + 3 * d], spacing = head[3 + 3 * d];
     T position = (arguments[d] - lower) / spacing;
     if (!(position - position == 0)) return invalid;
-    if (kind == 2) {
+    if (kind == 2 || (kind == 3 && d == 0)) {
       position = floor(position + T(0.5));
-      if (orders[d]) return 0;
+      if (orders[d]) flat = 0;
       if (position < 0 || position >= count) return invalid;
       cell = cell * long(count) + long(position);
       continue;
     }
-    if (kind == 1) position -= count * floor(position / count);
+    if (kind == 1 || kind == 3) position -= count * floor(position / count);
     if (kind == 0 && (position < 0 || position > count)) return 0;
     T whole = floor(position);
     if (whole > count - 1) whole = count - 1;
@@ -166,16 +167,17 @@ DEVICE T look_up(const T* head, const T* arguments, const int* orders) {
     }
     cell = cell * long(count) + long(whole);
   }
-  if (kind == 2) return numbers[cell];
-  constexpr int size = D == 1 ? 4 : D == 2 ? 16 : 64;
+  if (kind == 2) return numbers[cell] * flat;
+  const int smooth = kind == 3 ? D - 1 : D;
+  const int size = smooth == 1 ? 4 : smooth == 2 ? 16 : 64;
   const T* c = numbers + cell * size;
   T total = 0;
   for (int n = 0; n < size; ++n) {
     T product = c[n];
-    for (int d = 0, rest = n; d < D; ++d, rest /= 4) product *= weights[D - 1 - d][rest % 4];
+    for (int d = 0, rest = n; d < smooth; ++d, rest /= 4) product *= weights[D - 1 - d][rest % 4];
     total += product;
   }
-  return total;
+  return total * flat;
 }
 
 template <int D>
