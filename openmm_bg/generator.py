@@ -135,7 +135,7 @@ class BoltzmannGenerator(nn.Module):
         flow: Literal["spline", "realnvp"] | Flow = "spline",
         defensive: float = 0.02,
         seed: int = 0,
-        compile: bool = False,
+        compile: bool = True,
     ) -> BoltzmannGenerator:
         """A generator for one molecule, with internal coordinates and a flow that its chemistry suggests.
 

@@ -316,7 +316,7 @@ class Run:
         """A generator, from data and energy."""
         self._require("train", "simulate")
         started, s, molecule = time.perf_counter(), self.settings, self.molecule()
-        generator = generator_for(molecule, s, compile=s.training_steps >= 1000)
+        generator = generator_for(molecule, s)
         data = Trajectory.load(self.path("training.npz"))
         checkpoint = self.path("training.checkpoint")
         result = generator.fit(
@@ -437,11 +437,11 @@ def _canonical(source: str) -> str:
     return str(Path(source).resolve()) if _is_file(source) else source
 
 
-def generator_for(molecule: Molecule, settings: RunSettings, *, compile: bool = False) -> BoltzmannGenerator:
+def generator_for(molecule: Molecule, settings: RunSettings) -> BoltzmannGenerator:
     """The untrained generator of a run."""
     return BoltzmannGenerator.for_molecule(
         molecule.topology, molecule.system, molecule.temperature, positions=molecule.positions, flow=settings.flow,
-        seed=settings.seed, compile=compile,
+        seed=settings.seed,
     )  # fmt: skip
 
 

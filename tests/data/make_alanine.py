@@ -31,7 +31,6 @@ def generator() -> None:
     config = default.flow.config() | {"layers": 6, "hidden": 40, "torsion_hidden": 24}
     small = bg.BoltzmannGenerator.for_molecule(
         molecule.topology, molecule.system, 300, positions=molecule.positions, flow=MolecularFlow.from_config(config),
-        compile=True,
     )  # fmt: skip
     exchange = bg.replica_exchange(
         molecule.system, molecule.positions, temperatures=geometric_temperatures(300, 1000, 6), n_iterations=500,

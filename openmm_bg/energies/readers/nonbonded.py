@@ -147,6 +147,9 @@ def _joined(coulomb: str, sterics: str, mixed: str) -> str:
 
 def _by_parameter(offsets: list[list], rows: int) -> dict[str, tuple[str, np.ndarray]]:
     """For each global parameter a name for columns, and its scales of charge, sigma and epsilon by row."""
+    if len({(parameter, row) for parameter, row, *_ in offsets}) < len(offsets):
+        # the platforms of OpenMM do not agree on what this means
+        raise NotNative("two offsets of one thing by one parameter")
     scales: dict[str, np.ndarray] = {}
     for parameter, row, *scale in offsets:
         scales.setdefault(parameter, np.zeros((rows, 3)))[row] += np.array(plain(scale), dtype=np.float64)
