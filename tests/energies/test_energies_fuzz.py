@@ -17,7 +17,9 @@ from openmm_bg.energies import ContextEnergy, ForceFieldEnergy
 ATOMS = 7
 QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 FUZZ = settings(max_examples=10, **QUIET)
-FEW = settings(max_examples=2, phases=[Phase.generate], **QUIET)  # where most examples have a kernel of their own to compile
+FEW = settings(
+    max_examples=2, phases=[Phase.generate], **QUIET
+)  # where most examples have a kernel of their own to compile
 Maker = Callable[[np.random.Generator], openmm.Force]
 MAKERS: dict[str, Maker] = {}
 
