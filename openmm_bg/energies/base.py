@@ -67,8 +67,9 @@ class Energy(torch.nn.Module):
         """
         self._check(x)
         # A bad row must not enter the graph: its gradient would be 0 * nan = nan, whatever becomes of its value.
-        good = _finite_rows(x)
-        u = self.reduced(x) if bool(good.all()) else self._spread(x, good)
+        clean = _all_finite(x)
+        good = torch.ones(len(x), dtype=torch.bool, device=x.device) if clean else _finite_rows(x)
+        u = self.reduced(x) if clean or bool(good.all()) else self._spread(x, good)
         overflow = ~_within_range(u) & good
         if bool(overflow.any()):
             u = self._spread(x, good & ~overflow) if u.requires_grad else torch.where(overflow, torch.inf, u)
@@ -82,7 +83,10 @@ class Energy(torch.nn.Module):
         self._check(x)
         x = x.detach()
         u, gradient = self.reduced_and_gradient(x)
-        good = _finite_rows(x) & _within_range(u) & _finite_rows(gradient)
+        good = _within_range(u)
+        if _all_finite(x) and _all_finite(gradient) and bool(good.all()):
+            return u, gradient
+        good = good & _finite_rows(x) & _finite_rows(gradient)
         if not bool(good.all()):
             u = torch.where(good, u, torch.inf)
             gradient = torch.where(good.view(-1, *(1 for _ in self.event_shape)), gradient, 0.0)
@@ -105,6 +109,11 @@ class Energy(torch.nn.Module):
 def largest(dtype: torch.dtype) -> float:
     """The largest |u| that counts as finite: its derivatives still fit (float32: 4e28, float64: 2e231)."""
     return torch.finfo(dtype).max ** 0.75
+
+
+def _all_finite(x: Tensor) -> bool:
+    """Quick and cautious: what is not finite shows in the sum; a sum may also overflow by itself."""
+    return bool(torch.isfinite(x.detach().sum()))
 
 
 def _finite_rows(x: Tensor) -> Tensor:

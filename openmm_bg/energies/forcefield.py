@@ -166,7 +166,7 @@ class ForceFieldEnergy(Energy):
         return self(x) * self.thermal_energy
 
     def reduced(self, x: Tensor) -> Tensor:
-        u = x.new_zeros(len(x))
+        u: Tensor | None = None
         if len(self.terms) and len(x):
             placed = self._placed(x)
             if self._kernel is None:
@@ -175,12 +175,15 @@ class ForceFieldEnergy(Energy):
                 u = known_gradient(self._native_gradient, placed, self._plain)
             else:
                 u, _ = self._native(placed, gradient=False)
+        if u is None:
+            u = x.new_zeros(len(x))
         return u if self._rest is None else u + self._rest.reduced(x)
 
     def reduced_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach()
-        u, gradient = x.new_zeros(len(x)), torch.zeros_like(x)
-        if len(self.terms) and len(x):
+        if not (len(self.terms) and len(x)):
+            u, gradient = x.new_zeros(len(x)), torch.zeros_like(x)
+        else:
             if self._sites is not None and self._sites.any:
                 with torch.enable_grad():
                     x.requires_grad_()
@@ -207,10 +210,8 @@ class ForceFieldEnergy(Energy):
         """Reduced energies of what is native, detached, from the kernel or, without one, from the plain form."""
         if self._kernel is not None:
             try:
-                u, g = self._kernel(x, gradient)
-                return (u / self.thermal_energy).to(x.dtype), None if g is None else (g / self.thermal_energy).to(
-                    x.dtype
-                )
+                u, g = self._kernel(x, gradient, 1 / self.thermal_energy)
+                return u.to(x.dtype), None if g is None else g.to(x.dtype)
             except NoCompiler as reason:
                 self._kernel = None
                 warnings.warn(

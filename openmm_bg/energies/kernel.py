@@ -67,16 +67,15 @@ class Kernel:
         for ready in self._ready.values():
             ready.fill(self)
 
-    def __call__(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """Energies in kJ/mol, ``(batch,)``, and their gradients, ``(batch, atoms, 3)`` in kJ/mol/nm, of x in nm."""
+    def __call__(self, x: Tensor, gradient: bool, scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """Energies, ``(batch,)``, and gradients, ``(batch, atoms, 3)``, of x in nm: kJ/mol and nm, times `scale`."""
         key = (x.dtype, x.device)
         if key not in self._ready:
             if x.dtype not in _TYPES:
                 x = x.to(torch.float32)
-                u, g = self(x, gradient)
-                return u, g
+                return self(x, gradient, scale)
             self._ready[key] = (_OnGPU if x.device.type == "cuda" else _OnCPU)(self, *key)
-        return self._ready[key](x, gradient)
+        return self._ready[key](x, gradient, scale)
 
     def numbers(self) -> list[np.ndarray]:
         """All tables in float64: of the parameters, then of the functions."""
@@ -103,7 +102,7 @@ class _OnCPU:
             self.count.ctypes.data_as(ctypes.c_void_p),
         )
 
-    def __call__(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, gradient: bool, scale: float) -> tuple[Tensor, Tensor | None]:
         x = x.detach().contiguous()
         u = torch.empty(len(x), dtype=x.dtype)
         g = torch.empty_like(x) if gradient else None
@@ -113,6 +112,7 @@ class _OnCPU:
             ctypes.c_void_p(None if g is None else g.data_ptr()),
             *map(ctypes.c_long, (len(x), self.atoms, self.scratch)),
             *self.arguments,
+            ctypes.c_double(scale),
             ctypes.c_int(torch.get_num_threads() if len(x) > 64 else 1),
         )
         if failed:
@@ -149,10 +149,10 @@ class _OnGPU:
             for tensors in (self.index, self.tables)
         ]
 
-    def __call__(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, gradient: bool, scale: float) -> tuple[Tensor, Tensor | None]:
         parts = [self._part(part, gradient) for part in x.detach().split(self.rows)]
-        u = torch.cat([u for u, _ in parts]) if parts else x.new_zeros(0)
-        return u, (torch.cat([g for _, g in parts]) if parts else torch.zeros_like(x)) if gradient else None
+        u = torch.cat([u for u, _ in parts]) * scale
+        return u, torch.cat([g for _, g in parts]) * scale if gradient else None
 
     def _part(self, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         lanes = len(x)

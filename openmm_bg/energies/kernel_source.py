@@ -110,9 +110,10 @@ extern "C" __global__ void gradient(const T* x, T* u, T* g, T* M, int lanes, int
   thread<true>(x, u, g, M, lanes, atoms, index, table, count);
 }
 #else
-// x, g (rows, atoms, 3); u (rows); g may be null
+// x, g (rows, atoms, 3); u (rows); g may be null; both come out times `scale`
 extern "C" int evaluate(const T* x, T* u, T* g, long rows, long atoms, long scratch, const int* const* index,
-                        const T* const* table, const long* count, int threads) {
+                        const T* const* table, const long* count, double scale, int threads) {
+  const V factor{T(scale)};
   const long width = 3 * atoms, tiles = (rows + WIDTH - 1) / WIDTH;
   int failed = 0;
   #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -133,11 +134,11 @@ extern "C" int evaluate(const T* x, T* u, T* g, long rows, long atoms, long scra
       }
       const V e = g != nullptr ? conformation<true>(M, 1, atoms, index, table, count)
                                : conformation<false>(M, 1, atoms, index, table, count);
-      spread(e, lanes);
+      spread(e * factor, lanes);
       for (long lane = 0; lane < filled; ++lane) u[first + lane] = lanes[lane];
       if (g == nullptr) continue;
       for (long k = 0; k < width; ++k) {
-        spread(M[width + k], lanes);
+        spread(M[width + k] * factor, lanes);
         for (long lane = 0; lane < filled; ++lane) g[(first + lane) * width + k] = lanes[lane];
       }
     }
