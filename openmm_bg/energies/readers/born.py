@@ -24,10 +24,23 @@ DIELECTRIC_OFFSET = 0.009
 
 # What neighbour 2, a sphere of radius s, takes from the surroundings of atom 1, of radius o. Where the spheres
 # do not reach each other it is nothing, and the logarithm may have no value.
-_INTEGRAL = (
+INTEGRAL = (
     "select(step(r+s-o), 0.5*(L-U+0.25*(r-s*s/r)*(U*U-L*L)+0.5*log(U/L)/r+select(step(s-r-o), 2*(1/o-L), 0)), 0);"
     "U=1/(r+s); L=1/max(o,abs(r-s)); s=scaled2; o=offset1"
 )
+
+BORN_RADIUS = "1/(1/offset-tanh(psi*(1+psi*(4.85*psi-0.8)))/radius); psi=I*offset"
+
+
+def energy_texts(force: openmm.GBSAOBCForce) -> tuple[list[str], str]:
+    """The energies of single particles, and of pairs, of GBSAOBCForce."""
+    screening = COULOMB * (1 / force.getSoluteDielectric() - 1 / force.getSolventDielectric())
+    surface = force.getSurfaceAreaEnergy().value_in_unit(unit.kilojoule_per_mole / unit.nanometer**2)
+    single = [
+        f"{-0.5 * screening!r}*charge^2/B",
+        f"{4 * math.pi * surface!r}*(radius+{PROBE_RADIUS})^2*(radius/B)^6",
+    ]
+    return single, f"{-screening!r}*charge1*charge2/sqrt(r2+BB*exp(-0.25*r2/BB)); r2=r*r; BB=B1*B2"
 
 
 @reader(openmm.GBSAOBCForce)
@@ -41,22 +54,16 @@ def obc(force: openmm.GBSAOBCForce, system: openmm.System) -> Contribution:
     table = np.array([plain(force.getParticleParameters(i)) for i in range(count)], dtype=np.float64)
     charge, radius, scale = table.T
     offset = radius - DIELECTRIC_OFFSET
-    screening = COULOMB * (1 / force.getSoluteDielectric() - 1 / force.getSolventDielectric())
-    surface = force.getSurfaceAreaEnergy().value_in_unit(unit.kilojoule_per_mole / unit.nanometer**2)
     pairs = all_pairs(count)
-    single = [
-        parse(f"{-0.5 * screening!r}*charge^2/B"),
-        parse(f"{4 * math.pi * surface!r}*(radius+{PROBE_RADIUS})^2*(radius/B)^6"),
-    ]
-    paired = parse(f"{-screening!r}*charge1*charge2/sqrt(r2+BB*exp(-0.25*r2/BB)); r2=r*r; BB=B1*B2")
+    single, paired = energy_texts(force)
     sums = PairwiseSums(
         "GBSAOBCForce",
         {"charge": charge, "radius": radius, "offset": offset, "scaled": offset * scale},
         pairs,
-        ("I", parse(_INTEGRAL)),
-        [("B", parse("1/(1/offset-tanh(psi*(1+psi*(4.85*psi-0.8)))/radius); psi=I*offset"))],
-        single,
-        [(paired, pairs)],
+        ("I", parse(INTEGRAL)),
+        [("B", parse(BORN_RADIUS))],
+        [parse(text) for text in single],
+        [(parse(paired), pairs)],
     )
     return Contribution(sums=[sums])
 
