@@ -8,7 +8,7 @@ from openmm_bg import flows, systems
 from openmm_bg.analysis import compare, report
 from openmm_bg.app import BoltzmannGeneratorSampler
 from openmm_bg.coordinates import InternalCoordinates, ZMatrix
-from openmm_bg.energies import ContextEnergy, Energy, ForceFieldEnergy, regularize
+from openmm_bg.energies import ContextEnergy, Energy, ForceFieldEnergy, ThresholdSchedule, python_force, regularize
 from openmm_bg.errors import InputError
 from openmm_bg.generator import BoltzmannGenerator, Samples
 from openmm_bg.sampling import Trajectory, bursts, replica_exchange, simulate
@@ -25,6 +25,7 @@ __all__ = [
     "InputError",
     "InternalCoordinates",
     "Samples",
+    "ThresholdSchedule",
     "Trajectory",
     "ZMatrix",
     "__version__",
@@ -32,6 +33,7 @@ __all__ = [
     "compare",
     "fit",
     "flows",
+    "python_force",
     "regularize",
     "replica_exchange",
     "report",

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from openmm_bg import units
 from openmm_bg.energies.base import Energy
+from openmm_bg.energies.gradients import known_gradient
 from openmm_bg.energies.workers import Evaluator, Pool
 from openmm_bg.errors import InputError
 
@@ -255,6 +256,7 @@ class ContextEnergy(Energy):
         while done < total and not self._send(total - done):
             # Without workers to decide about, all at once; else a few rows at a time, to see what they take.
             count = total if self.workers == 1 else min(total - done, max(1, done))
+            fresh = self._local is None
             try:
                 evaluator = self._evaluator()
                 start = time.perf_counter()
@@ -264,7 +266,8 @@ class ContextEnergy(Energy):
                 raise
             seconds = time.perf_counter() - start
             done += count
-            self._seconds_per_row = seconds / count
+            if not fresh:  # the first evaluation in a Context also prepares it
+                self._seconds_per_row = seconds / count
             self._seconds += seconds if self.workers > 1 and total > 1 else 0.0
         if done < total:
             parts.append(self._evaluate_in_workers(positions[done:], parameters, gradients))
@@ -368,83 +371,3 @@ def contributes_nothing(force: openmm.Force) -> bool:
     """Whether a force only changes the dynamics: thermostats, barostats, removal of the overall motion."""
     name = type(force).__name__
     return name in ("CMMotionRemover", "AndersenThermostat") or name.endswith("Barostat")
-
-
-class _KnownGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, u: Tensor, gradient: Tensor, differentiable: Callable[[Tensor], Tensor] | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, gradient)
-        ctx.differentiable = differentiable
-        return u.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        x, gradient = ctx.saved_tensors
-        return _FirstDerivative.apply(x, upstream, gradient, ctx.differentiable), None, None, None
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """Keeps the gradient attached to x, so that a derivative of it never comes out as zero."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, upstream: Tensor, gradient: Tensor, differentiable: Callable[[Tensor], Tensor] | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, upstream)
-        ctx.differentiable = differentiable
-        return upstream.view(-1, *(1 for _ in x.shape[1:])) * gradient
-
-    @staticmethod
-    def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        if ctx.differentiable is None:
-            raise RuntimeError(
-                "Second derivatives were asked of an energy that gives first derivatives only "
-                "(forces evaluated in an OpenMM Context, or compile=True)."
-            )
-        # Fresh nodes, so that a derivative by one does not run through the other; still attached where a graph
-        # is recorded, which leaves third derivatives to the same code.
-        attached = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x, upstream = (_node(tensor, attached) for tensor in ctx.saved_tensors)
-            u = ctx.differentiable(x)
-            (gradient,) = torch.autograd.grad(u, x, upstream, create_graph=True)
-            first, second = torch.autograd.grad(
-                gradient, (x, upstream), direction, create_graph=attached, materialize_grads=True
-            )
-        return first, second, None, None
-
-
-def _node(tensor: Tensor, attached: bool) -> Tensor:
-    return tensor.view_as(tensor) if attached and tensor.requires_grad else tensor.detach().requires_grad_()
-
-
-def known_gradient(
-    function: Callable[[Tensor], tuple[Tensor, Tensor]],
-    x: Tensor,
-    differentiable: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """The u of ``function(x) -> (u, gradient)``, differentiable with that gradient.
-
-    Parameters
-    ----------
-    function
-        Takes ``(batch, ...)``, gives ``(batch,)`` and ``(batch, ...)``; no graph is recorded inside.
-    x
-        Points.
-    differentiable
-        The same u by differentiable operations, called only for second and higher derivatives. Without it a
-        second derivative raises RuntimeError.
-
-    Examples
-    --------
-    >>> x = torch.tensor([3.0], requires_grad=True)
-    >>> u = known_gradient(lambda x: (x**3, 3 * x**2), x, lambda x: x**3)
-    >>> (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
-    >>> torch.autograd.grad(slope.sum(), x)
-    (tensor([18.]),)
-    """
-    with torch.no_grad():
-        u, gradient = function(x.detach())
-    return _KnownGradient.apply(x, u, gradient, differentiable)

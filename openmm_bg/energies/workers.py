@@ -341,7 +341,7 @@ def main() -> None:
             if "system" in request:
                 system = openmm.XmlSerializer.deserialize(request["system"])
                 evaluator = Evaluator(system, request["platform"])
-                shape = (system.getNumParticles(), 3)
+                shape = (-1, system.getNumParticles(), 3)
                 results: tuple[np.ndarray, ...] = ()
             else:
                 energies, slopes = evaluator.evaluate(array.reshape(shape), request["parameters"], request["gradients"])
