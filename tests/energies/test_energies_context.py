@@ -369,7 +369,7 @@ def start_script(tmp_path: Path, rest: str, terms: int = 1, rows: int = 10) -> s
     )
 
 
-def gone(pids: list[int], seconds: float = 5.0) -> bool:
+def gone(pids: list[int], seconds: float = 30.0) -> bool:
     end = time.monotonic() + seconds
     while any(running(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.02)
