@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openmm_bg.systems.densities import DoubleWell, GaussianMixture, gmm40
+from openmm_bg.systems.clusters import DoubleWellCluster, LennardJonesCluster
+from openmm_bg.systems.densities import DoubleWell, GaussianMixture, gmm2_unequal, gmm4, gmm9, gmm40, gmm_pair
+from openmm_bg.systems.lattice import LatticeDoubleWell
+from openmm_bg.systems.many_well import ManyWell, ManyWellDelta
 from openmm_bg.systems.molecules import Molecule, from_pdb
 
 from openmm_bg.energies import Energy
@@ -38,10 +41,70 @@ def _gmm40() -> GaussianMixture:
     return gmm40()
 
 
+def _gmm4() -> GaussianMixture:
+    """Four Gaussians of equal weight at (+-8, +-8)."""
+    return gmm4()
+
+
+def _gmm2_unequal() -> GaussianMixture:
+    """Two Gaussians, (4, 4) with weight 1/3 and (-8, -8) with weight 2/3."""
+    return gmm2_unequal()
+
+
+def _gmm9() -> GaussianMixture:
+    """Nine narrow Gaussians of equal weight on the grid {-1, 0, 1}^2."""
+    return gmm9()
+
+
+def _gmm_pair(*, separation: float = 4.0, weight: float = 0.7) -> GaussianMixture:
+    """Two Gaussians on the line, w N(m, 1) + (1 - w) N(-m, 1)."""
+    return gmm_pair(separation, weight)
+
+
+def _many_well_8() -> ManyWell:
+    """Four lopsided double wells and four Gaussians in 8 dimensions."""
+    return ManyWell(8)
+
+
+def _many_well_8_delta2() -> ManyWellDelta:
+    """Eight symmetric double wells (x_i^2 - 2)^2 in 8 dimensions."""
+    return ManyWellDelta(8, wells=8, delta=2.0)
+
+
+def _many_well_32() -> ManyWell:
+    """Sixteen lopsided double wells and sixteen Gaussians in 32 dimensions."""
+    return ManyWell(32)
+
+
+def _lattice_double_well(*, sites: int = 16, m: float = 6.0) -> LatticeDoubleWell:
+    """A quantum particle in a double well, as a periodic path in imaginary time."""
+    return LatticeDoubleWell(sites, m)
+
+
+def _dw4() -> DoubleWellCluster:
+    """Four particles in the plane, each pair in a double well of their distance."""
+    return DoubleWellCluster()
+
+
+def _lj13(*, well_depth: float = 1.0) -> LennardJonesCluster:
+    """Thirteen Lennard-Jones particles in space, held together by a spring."""
+    return LennardJonesCluster(13, well_depth)
+
+
 _TARGETS: dict[str, Callable[..., Molecule | Energy]] = {
     "alanine_dipeptide": _alanine_dipeptide,
     "double_well": _double_well,
     "gmm40": _gmm40,
+    "gmm4": _gmm4,
+    "gmm2_unequal": _gmm2_unequal,
+    "gmm9": _gmm9,
+    "gmm_pair": _gmm_pair,
+    "many_well_8": _many_well_8,
+    "many_well_8_delta2": _many_well_8_delta2,
+    "many_well_32": _many_well_32,
+    "lattice_double_well": _lattice_double_well,
+    "dw4": _dw4,
+    "lj13": _lj13,
 }
 
 
@@ -68,7 +131,8 @@ def load(name: str, **parameters: Any) -> Any:
         One of `names()`.
     **parameters
         What the target takes, by keyword; anything else is refused. Molecules take `temperature`,
-        `constraints` and `hydrogen_mass`, as `from_pdb` does; `double_well` takes `beta`.
+        `constraints` and `hydrogen_mass`, as `from_pdb` does; `double_well` takes `beta`, `gmm_pair` takes
+        `separation` and `weight`, `lattice_double_well` takes `sites` and `m`, `lj13` takes `well_depth`.
 
     Returns
     -------
