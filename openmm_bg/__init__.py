@@ -11,7 +11,7 @@ from openmm_bg.coordinates import InternalCoordinates, ZMatrix
 from openmm_bg.energies import ContextEnergy, Energy, ForceFieldEnergy, ThresholdSchedule, python_force, regularize
 from openmm_bg.errors import InputError
 from openmm_bg.generator import BoltzmannGenerator, Samples
-from openmm_bg.sampling import Trajectory, bursts, replica_exchange, simulate
+from openmm_bg.sampling import Trajectory, annealed_transport, bursts, replica_exchange, simulate
 from openmm_bg.training import fit
 from openmm_bg.version import __version__
 
@@ -29,6 +29,7 @@ __all__ = [
     "Trajectory",
     "ZMatrix",
     "__version__",
+    "annealed_transport",
     "bursts",
     "compare",
     "fit",

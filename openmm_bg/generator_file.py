@@ -25,13 +25,13 @@ from openmm_bg.coordinates import InternalCoordinates
 from openmm_bg.energies import Energy, ForceFieldEnergy
 from openmm_bg.errors import InputError
 from openmm_bg.files import write_atomically
-from openmm_bg.flows import Flow, MolecularFlow, RealNVP, SplineFlow
+from openmm_bg.flows import ContinuousFlow, Flow, MolecularFlow, RealNVP, SplineFlow
 
 if TYPE_CHECKING:
     from openmm_bg.generator import BoltzmannGenerator
 
 FORMAT = "openmm_bg generator 1"
-_ARCHITECTURES: dict[str, type[Flow]] = {c.__name__: c for c in (MolecularFlow, RealNVP, SplineFlow)}
+_ARCHITECTURES: dict[str, type[Flow]] = {c.__name__: c for c in (ContinuousFlow, MolecularFlow, RealNVP, SplineFlow)}
 
 
 def system_hash(system: openmm.System) -> str:

@@ -130,6 +130,13 @@ class GaussianMixture(Energy):
     def reduced(self, x: Tensor) -> Tensor:
         return -torch.logsumexp(self._log_terms(x), dim=-1)
 
+    def reduced_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            terms = self._log_terms(x)
+            u = -torch.logsumexp(terms, dim=-1)
+            pull = torch.exp(terms + u[:, None]) / self.scales.to(x.dtype).square()
+            return u, x * pull.sum(-1, keepdim=True) - pull @ self.means.to(x.dtype)
+
     def nearest_mode(self, x: Tensor) -> Tensor:
         """The mode most likely to have made each point, (n, dimension) to (n,) int64.
 

@@ -1,5 +1,6 @@
 """What a person looks at: distances with floors, free energies, figures, report. Takes arrays alone."""
 
+from openmm_bg.analysis.clusters import cluster_distances, cluster_w2, pair_distances, single_pass_w2
 from openmm_bg.analysis.compare import Comparison, PopulationPair, compare
 from openmm_bg.analysis.dihedrals import Backbone, backbone_dihedrals
 from openmm_bg.analysis.distances import Distance, energy_w2, measure, torus_w2, total_variation
@@ -50,6 +51,8 @@ __all__ = [
     "block_count",
     "block_error",
     "block_means",
+    "cluster_distances",
+    "cluster_w2",
     "compare",
     "effective_sample_size",
     "energy_histograms",
@@ -60,10 +63,12 @@ __all__ = [
     "left_handed",
     "log_weight_histogram",
     "measure",
+    "pair_distances",
     "phi_profile",
     "populations",
     "ramachandran_maps",
     "report",
+    "single_pass_w2",
     "standard_error",
     "statistical_inefficiency",
     "to_svg",

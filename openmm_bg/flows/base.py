@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from openmm_bg.errors import InputError
+
 TWO_PI = 2 * math.pi
 
 
@@ -73,7 +75,7 @@ class Composition(Transform):
 
 
 class Base(nn.Module):
-    """A product of standard normals and of uniform densities on the circle [-pi, pi).
+    """A product of normals and of uniform densities on the circle [-pi, pi).
 
     Its *broadened* copy replaces each normal by ``(1 - share) N(0, 1) + share N(0, scale^2)``: independent heavy tails,
     which cost almost nothing where the flow is right and keep the density from vanishing where a few coordinates are
@@ -82,7 +84,9 @@ class Base(nn.Module):
     Parameters
     ----------
     circular : sequence of bool
-        One entry per dimension: True for a uniform angle, False for a standard normal.
+        One entry per dimension: True for a uniform angle, False for a normal.
+    std : float
+        Standard deviation of the normals.
 
     Examples
     --------
@@ -95,8 +99,11 @@ class Base(nn.Module):
     share = 0.02
     scale = 4.0
 
-    def __init__(self, circular: Iterable[bool]):
+    def __init__(self, circular: Iterable[bool], std: float = 1.0):
         super().__init__()
+        self.std = float(std)
+        if not 0 < self.std < math.inf:
+            raise InputError(f"std must be a positive finite number, not {std}.")
         self.register_buffer("circular", torch.tensor([bool(c) for c in circular]), persistent=False)
         # follows the module through .to(dtype)
         self.register_buffer("_like", torch.zeros(1), persistent=False)
@@ -113,6 +120,7 @@ class Base(nn.Module):
         if broadened:
             wide = torch.rand(n, self.dimension, **options) < self.share
             z = torch.where(wide, self.scale * z, z)
+        z = self.std * z
         if self.circular.any():
             angle = (torch.rand(n, self.dimension, **options) * 2 - 1) * math.pi
             z = torch.where(self.circular, angle, z)
@@ -120,9 +128,11 @@ class Base(nn.Module):
 
     def log_prob(self, z: Tensor, *, broadened: bool = False) -> Tensor:
         """Log-density, ``(batch,)``; -inf for angles outside [-pi, pi] and for values that are not finite."""
-        normal = -0.5 * z.square() - 0.5 * math.log(TWO_PI)
+        unit = z / self.std
+        constant = 0.5 * math.log(TWO_PI) + math.log(self.std)
+        normal = -0.5 * unit.square() - constant
         if broadened:
-            wide = -0.5 * (z / self.scale).square() - 0.5 * math.log(TWO_PI) - math.log(self.scale)
+            wide = -0.5 * (unit / self.scale).square() - constant - math.log(self.scale)
             normal = torch.logaddexp(normal + math.log1p(-self.share), wide + math.log(self.share))
         uniform = torch.where(z.abs() <= math.pi * (1 + 1e-6), -math.log(TWO_PI), -math.inf)
         value = torch.where(self.circular, uniform, normal).sum(-1)

@@ -1,7 +1,9 @@
 """The acceptance rule, weighted samples, and the one implementation of molecular dynamics and replica exchange."""
 
+from openmm_bg.sampling.annealing import annealed_transport
 from openmm_bg.sampling.bursts import bursts
 from openmm_bg.sampling.dynamics import Trajectory, fastest_platform, simulate
+from openmm_bg.sampling.interpolation import Interpolation, continuity_residual
 from openmm_bg.sampling.metropolis import (
     Attempt,
     IndependenceProposals,
@@ -31,10 +33,13 @@ __all__ = [
     "EffectiveSampleSize",
     "Estimate",
     "IndependenceProposals",
+    "Interpolation",
     "ReplicaExchange",
     "ReplicaExchangeResult",
     "Trajectory",
+    "annealed_transport",
     "bursts",
+    "continuity_residual",
     "effective_sample_size",
     "fastest_platform",
     "forward_effective_sample_size",

@@ -3,12 +3,14 @@
 from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.training.fit import fit, relabel_rotors, to_flow_coordinates
 from openmm_bg.training.objectives import MaximumLikelihood, ReversePath
+from openmm_bg.training.paths import ContinuityResidual
 from openmm_bg.training.trainer import Settings, Stage, Trainer, TrainingResult
 
 # the method lives up here because a generator must not know how it is trained
 BoltzmannGenerator.fit = fit
 
 __all__ = [
+    "ContinuityResidual",
     "MaximumLikelihood",
     "ReversePath",
     "Settings",

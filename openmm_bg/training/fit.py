@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from openmm_bg.errors import InputError
+from openmm_bg.flows import ContinuousFlow
 from openmm_bg.generator import BoltzmannGenerator
-from openmm_bg.training.objectives import MaximumLikelihood, ReversePath
+from openmm_bg.training.objectives import MaximumLikelihood, Objective, ReversePath
+from openmm_bg.training.paths import ContinuityResidual
 from openmm_bg.training.trainer import Settings, Stage, Trainer, TrainingResult
 
 
@@ -80,6 +82,7 @@ def fit(
     steps: int = 8000,
     likelihood_steps: int | None = None,
     energy: bool = True,
+    objective: Objective | None = None,
     settings: Settings | None = None,
     seed: int = 0,
     log: Any = None,
@@ -105,6 +108,9 @@ def fit(
         where ``energy`` is False.
     energy : bool
         Whether to use the energy at all.
+    objective : Objective, optional
+        How the energy is learned: by default :class:`ReversePath`, for a continuous flow
+        :class:`ContinuityResidual`.
     settings, seed, log, checkpoint, resume, progress
         See :class:`Trainer`.
 
@@ -132,6 +138,8 @@ def fit(
     >>> result.steps
     5
     """
+    if objective is not None and not energy:
+        raise InputError("An objective for the energy was given, but energy=False; leave one of them out.")
     energy = energy and generator.energy is not None
     if data is None and not energy:
         raise InputError("There is nothing to train on: pass data, or a generator with an energy.")
@@ -157,7 +165,9 @@ def fit(
     if rows is not None:
         stages.append(Stage("likelihood", likelihood_steps, [(1.0, MaximumLikelihood())]))
     if energy:
-        terms: list = [(1.0, ReversePath())]
+        if objective is None:
+            objective = ContinuityResidual() if isinstance(generator.flow, ContinuousFlow) else ReversePath()
+        terms: list = [(1.0, objective)]
         if rows is not None:
             terms.append((0.02, MaximumLikelihood(torsions_only=True, fade=True)))
         stages.append(Stage("energy", steps, terms))

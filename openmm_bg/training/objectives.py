@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openmm_bg.errors import InputError
 from openmm_bg.flows import Flow, MolecularFlow
-from openmm_bg.training.target import Target
+from openmm_bg.sampling.target import Target
 
 
 @dataclass
@@ -43,11 +43,15 @@ class Step:
 
 
 class Objective(Protocol):
-    """A callable that returns a scalar loss and numbers for the log; ``state`` is what a checkpoint must hold."""
+    """A callable that returns a scalar loss and numbers for the log.
+
+    ``state`` and ``tensors`` are what a checkpoint must hold; a step replaces tensors and never writes into them.
+    """
 
     needs_data: bool
     needs_energy: bool
     state: dict[str, float]
+    tensors: dict[str, Tensor]
 
     def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]: ...
 
@@ -69,6 +73,7 @@ class MaximumLikelihood:
     needs_data: bool = field(default=True, init=False)
     needs_energy: bool = field(default=False, init=False)
     state: dict[str, float] = field(default_factory=dict, init=False)
+    tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
         flow = step.flow
@@ -128,6 +133,7 @@ class ReversePath:
     needs_data: bool = field(default=False, init=False)
     needs_energy: bool = field(default=True, init=False)
     state: dict[str, float] = field(default_factory=dict, init=False)
+    tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
         if isinstance(step.flow, MolecularFlow):

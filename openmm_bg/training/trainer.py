@@ -24,8 +24,8 @@ from openmm_bg.files import write_atomically
 from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.sampling.metropolis import independence_acceptance
 from openmm_bg.sampling.reweighting import effective_sample_size
+from openmm_bg.sampling.target import Target
 from openmm_bg.training.objectives import Objective, Step, check_needs
-from openmm_bg.training.target import Target
 
 
 @dataclass(frozen=True)
@@ -212,17 +212,20 @@ class Trainer:
             self._save()
         return self.result
 
-    def _volatile(self) -> tuple[Tensor, list[dict[str, float]], int]:
+    def _volatile(self) -> tuple[Tensor, list[dict[str, float]], list[dict[str, Tensor]], int]:
         """What computing a gradient changes."""
         evaluations = self.target.evaluations if self.target else 0
-        return self.random.get_state(), [dict(objective.state) for objective in self.objectives], evaluations
+        states = [dict(objective.state) for objective in self.objectives]
+        return self.random.get_state(), states, [dict(objective.tensors) for objective in self.objectives], evaluations
 
-    def _restore(self, volatile: tuple[Tensor, list[dict[str, float]], int]) -> None:
-        random, states, evaluations = volatile
+    def _restore(self, volatile: tuple[Tensor, list[dict[str, float]], list[dict[str, Tensor]], int]) -> None:
+        random, states, tensors, evaluations = volatile
         self.random.set_state(random)
-        for objective, state in zip(self.objectives, states, strict=True):
+        for objective, state, kept in zip(self.objectives, states, tensors, strict=True):
             objective.state.clear()
             objective.state.update(state)
+            objective.tensors.clear()
+            objective.tensors.update(kept)
         if self.target:
             self.target.evaluations = evaluations
 
@@ -316,6 +319,8 @@ class Trainer:
             tensors |= {f"best.{key}": t for key, t in self.best.items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        for number, objective in enumerate(self.objectives):
+            tensors |= {f"objective.{number}.{key}": t for key, t in objective.tensors.items()}
         header = {
             "identity": self.identity,
             "steps": self.result.steps,
@@ -344,6 +349,7 @@ class Trainer:
                 )
             parts: dict[str, dict[str, Tensor]] = {"flow": {}, "average": {}, "generator": {}, "best": {}}
             moments: dict[int, dict[str, Tensor]] = {}
+            kept: list[dict[str, Tensor]] = [{} for _ in self.objectives]
             for name, tensor in tensors.items():
                 head, _, rest = name.partition(".")
                 if head in parts:
@@ -351,12 +357,15 @@ class Trainer:
                 elif head == "adam":
                     number, _, key = rest.partition(".")
                     moments.setdefault(int(number), {})[key] = tensor
+                elif head == "objective":
+                    number, _, key = rest.partition(".")
+                    kept[int(number)][key] = tensor
             self.flow.load_state_dict(parts["flow"])
             self.average.load_state_dict(parts["average"])
             self.generator.flow.load_state_dict(parts["generator"])
             state = self.optimizer.state_dict()
             self.optimizer.load_state_dict({**state, "state": moments})
-            self._restore((tensors["random"], header["objectives"], header["evaluations"]))
+            self._restore((tensors["random"], header["objectives"], kept, header["evaluations"]))
             self.validation_random.set_state(tensors["validation_random"])
             self.best = parts["best"] or None
             self.best_score = -math.inf if header["best_score"] is None else header["best_score"]

@@ -14,7 +14,7 @@ from openmm_bg.energies import Energy
 from openmm_bg.flows import MolecularFlow, RealNVP
 from openmm_bg.training import MaximumLikelihood, ReversePath
 from openmm_bg.training.objectives import Step
-from openmm_bg.training.target import Target
+from openmm_bg.sampling.target import Target
 
 
 class Gaussian(Energy):

@@ -1,0 +1,121 @@
+"""The gradient flow of Chemseddine et al.: a fixed form of velocity, a learned energy.
+
+An Ornstein-Uhlenbeck process ``dX = -X / s^2 d theta + sqrt(2) dW`` turns the target (theta = 0) into N(0, s^2) (theta
+to infinity). If exp(-f_theta) is its density at theta, the field ``grad (f_theta - f_Z)``, f_Z = |x|^2 / (2 s^2),
+carries that density along, and running it backwards makes samples of the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from openmm_bg.errors import InputError
+from openmm_bg.flows.velocity import PerceptronEnergy, VelocityField
+
+
+class GradientFlowVelocity(VelocityField):
+    """``v = (d theta / dt) grad (f - f_Z)`` with ``f = g(t) f_D(x) + (1 - t) psi(t, x / s)``, from noise to target.
+
+    Flow time t runs from the prior, t = 0, theta = ``horizon`` s^2, to the target, t = 1, theta = 0, where f is f_D
+    exactly: ``theta = shortest s^2 (e^(L (1 - t)) - 1)``, logarithmic because structure of every size melts in its own
+    decade.
+    The factor ``g = t / (1 + theta / theta_0)`` of the target's energy is the widening of a well of thermal variance
+    theta_0 by the noise; theta_0 is learned.
+
+    Parameters
+    ----------
+    energy : callable
+        f_D, a differentiable function of points: ``(n, dimension)`` to ``(n,)``; an Energy. Its Laplacian enters the
+        divergence, by one backward pass per dimension.
+    network : PerceptronEnergy
+        psi, of x / s.
+    std : float
+        s, the standard deviation of the prior.
+    horizon : float
+        In units of s^2: what the prior does not match of the target dies like exp(-2 horizon) in its mean square.
+    shortest : float
+        Where the logarithmic times become linear, in the same unit: below the square of the finest structure over s.
+
+    References
+    ----------
+    Chemseddine, Wald, Duong & Steidl, Neural Sampling from Boltzmann Densities, ICLR 2025 (arXiv:2410.03282).
+    """
+
+    def __init__(
+        self,
+        energy: Callable[[Tensor], Tensor],
+        network: PerceptronEnergy,
+        *,
+        std: float = 1.0,
+        horizon: float = 3.0,
+        shortest: float = 1e-3,
+    ):
+        super().__init__(network.dimension)
+        for name, value in (("std", std), ("horizon", horizon), ("shortest", shortest)):
+            if not 0 < value < math.inf:
+                raise InputError(f"{name} must be a positive finite number, not {value}.")
+        # kept out of the module's own state: the target has no part in what is learned or saved
+        self._energy = (energy,)
+        self.network = network
+        self.std, self.horizon, self.shortest = float(std), float(horizon), float(shortest)
+        self.log_width = nn.Parameter(torch.tensor(math.log(shortest)))
+
+    @property
+    def target(self) -> Callable[[Tensor], Tensor]:
+        return self._energy[0]
+
+    def noise_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """theta / s^2 and its (negative) derivative by flow time."""
+        length = math.log1p(self.horizon / self.shortest)
+        theta = self.shortest * torch.expm1(length * (1 - t))
+        return theta, -length * (theta + self.shortest)
+
+    def share(self, t: Tensor) -> Tensor:
+        """g(t), the part of the target's energy."""
+        theta, _ = self.noise_time(t)
+        return t / (1 + theta * torch.exp(-self.log_width))
+
+    def energy(self, t: Tensor, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """f ``(batch,)`` at times ``()`` or ``(batch,)``; ``target`` are energies at x where they are known."""
+        f_target = self.target(x) if target is None else target
+        return self.share(t) * f_target + (1 - t) * self.network(t, x / self.std)
+
+    def derivatives(
+        self, t: Tensor, x: Tensor, target: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """f, its gradient and its Laplacian; ``target`` the same three of f_D at x where they are known."""
+        value_d, gradient_d, laplacian_d = laplacian(self.target, x) if target is None else target
+        share, rest = self.share(t), 1 - t
+        value, gradient, second = self.network.derivatives(t, x / self.std)
+        column, rest_column = share.reshape(-1, 1), rest.reshape(-1, 1)
+        return (
+            share * value_d + rest * value,
+            column * gradient_d + rest_column * gradient / self.std,
+            share * laplacian_d + rest * second / self.std**2,
+        )
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.with_divergence(t, x)[0]
+
+    def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, gradient, second = self.derivatives(t, x)
+        speed = self.noise_time(t)[1] * self.std**2
+        v = speed.reshape(-1, 1) * (gradient - x / self.std**2)
+        return v, speed * (second - self.dimension / self.std**2)
+
+
+def laplacian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values ``(n,)``, gradients ``(n, dimension)`` and Laplacians ``(n,)`` of a function, detached."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = function(x)
+        (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        second = torch.zeros_like(value)
+        for i in range(x.shape[1]):
+            (row,) = torch.autograd.grad(gradient[:, i].sum(), x, retain_graph=True)
+            second = second + row[:, i]
+    return value.detach(), gradient.detach(), second.detach()
