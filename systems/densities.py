@@ -183,8 +183,11 @@ class GaussianMixture(Energy):
 
     def _log_terms(self, x: Tensor) -> Tensor:
         """log of weight times density of every mode, (n, modes)."""
-        scales = self.scales.to(x.dtype)
-        distance = ((x[:, None, :] - self.means.to(x.dtype)) / scales[:, None]).square().sum(-1)
+        # one coordinate after the other: arrays of (n, modes) stay in the cache, and no precision is lost
+        means, distance = self.means.to(x.dtype), torch.zeros(1, dtype=x.dtype, device=x.device)
+        for k in range(means.shape[1]):
+            distance = distance + (x[:, k, None] - means[:, k]).square()
+        distance = distance / self.scales.to(x.dtype).square()
         constant = self.log_weights - self.means.shape[1] * (self.scales.log() + 0.5 * math.log(2 * math.pi))
         return constant.to(x.dtype) - 0.5 * distance
 

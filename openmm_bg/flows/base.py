@@ -134,7 +134,9 @@ class Base(nn.Module):
         if broadened:
             wide = -0.5 * (unit / self.scale).square() - constant - math.log(self.scale)
             normal = torch.logaddexp(normal + math.log1p(-self.share), wide + math.log(self.share))
-        uniform = torch.where(z.abs() <= math.pi * (1 + 1e-6), -math.log(TWO_PI), -math.inf)
+        # as tensors: two plain numbers would meet in float32
+        inside, outside = z.new_tensor(-math.log(TWO_PI)), z.new_tensor(-math.inf)
+        uniform = torch.where(z.abs() <= math.pi * (1 + 1e-6), inside, outside)
         value = torch.where(self.circular, uniform, normal).sum(-1)
         return torch.where(torch.isfinite(z).all(-1), value, -math.inf)
 

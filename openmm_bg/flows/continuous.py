@@ -83,8 +83,8 @@ class ContinuousTransform(Transform):
 
         ``steps`` are spread over the stretch; by default as many as its share of the unit interval is worth.
         """
-        if len(x) == 0:
-            return x, x.new_zeros(0)
+        if len(x) == 0 or start == end:
+            return x, x.new_zeros(len(x))
         probe = None
         if self.divergence == "hutchinson":
             bits = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(self.seed))

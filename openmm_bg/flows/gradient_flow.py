@@ -82,7 +82,9 @@ class GradientFlowVelocity(VelocityField):
     def energy(self, t: Tensor, x: Tensor, target: Tensor | None = None) -> Tensor:
         """f ``(batch,)`` at times ``()`` or ``(batch,)``; ``target`` are energies at x where they are known."""
         f_target = self.target(x) if target is None else target
-        return self.share(t) * f_target + (1 - t) * self.network(t, x / self.std)
+        share = self.share(t)
+        # at the prior the target has no say, however large
+        return torch.where(share == 0, 0.0, share * f_target) + (1 - t) * self.network(t, x / self.std)
 
     def derivatives(
         self, t: Tensor, x: Tensor, target: tuple[Tensor, Tensor, Tensor] | None = None
@@ -93,7 +95,7 @@ class GradientFlowVelocity(VelocityField):
         value, gradient, second = self.network.derivatives(t, x / self.std)
         column, rest_column = share.reshape(-1, 1), rest.reshape(-1, 1)
         return (
-            share * value_d + rest * value,
+            torch.where(share == 0, 0.0, share * value_d) + rest * value,
             column * gradient_d + rest_column * gradient / self.std,
             share * laplacian_d + rest * second / self.std**2,
         )
@@ -109,13 +111,16 @@ class GradientFlowVelocity(VelocityField):
 
 
 def laplacian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values ``(n,)``, gradients ``(n, dimension)`` and Laplacians ``(n,)`` of a function, detached."""
+    """Values ``(n,)``, gradients ``(n, dimension)`` and Laplacians ``(n,)``; detached unless x carries a graph."""
+    keep = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
+        x = x if keep else x.detach().requires_grad_()
         value = function(x)
         (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
         second = torch.zeros_like(value)
         for i in range(x.shape[1]):
-            (row,) = torch.autograd.grad(gradient[:, i].sum(), x, retain_graph=True)
+            (row,) = torch.autograd.grad(gradient[:, i].sum(), x, create_graph=keep, retain_graph=True)
             second = second + row[:, i]
+    if keep:
+        return value, gradient, second
     return value.detach(), gradient.detach(), second.detach()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,11 @@ class Trunk(nn.Module):
         generator: torch.Generator,
     ):
         super().__init__()
+        for name, value, least in (("dimension", dimension, 1), ("hidden", hidden, 1), ("windows", windows, 2)):
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+        if first not in get_args(Activation):
+            raise InputError(f"There is no activation {first!r}; choose one of {', '.join(get_args(Activation))}.")
         mask = (
             torch.zeros(dimension, dtype=torch.bool) if circular is None else torch.tensor([bool(c) for c in circular])
         )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from openmm_bg.errors import InputError
+from openmm_bg.flows import ContinuousFlow
 from openmm_bg.flows.base import wrap
 from openmm_bg.generator import BoltzmannGenerator, Samples
 from openmm_bg.sampling.interpolation import Interpolation, PathPoint
@@ -80,6 +81,7 @@ class StepSizes:
         return min(_KNOTS - 1, max(0, round(t * (_KNOTS - 1))))
 
 
+@torch.no_grad()
 def anneal(
     path: Interpolation,
     target: ValueAndGradient,
@@ -115,36 +117,35 @@ def anneal(
         Resample when the effective share of walkers falls below this; 0 never does.
     """
     flow = path.flow
-    with torch.no_grad():
-        x = flow.base.sample(n, generator)
-        energy, gradient = target(x)
-        t, log_weights, log_z = 0.0, x.new_zeros(n), 0.0
-        point = path(x.new_tensor(0.0), x, energy, gradient)
-        for time in times.tolist():
-            before = point.value
-            if transport:
-                x, log_det = flow.transform.integrate(x, t, time, steps=substeps)
-                energy, gradient = target(x)
-            else:
-                log_det = x.new_zeros(n)
-            t = time
-            point = path(x.new_tensor(t), x, energy, gradient)
-            change = before - point.value + log_det
-            # a walker without an energy has no weight, whatever infinities met
-            log_weights = torch.where(torch.isfinite(change), log_weights + change, -math.inf)
-            if resample_below > 0 and float(_share(log_weights)) < resample_below:
-                log_z += float(torch.logsumexp(log_weights, 0)) - math.log(n)
-                chosen = systematic(log_weights, generator)
-                x, energy, gradient = x[chosen], energy[chosen], gradient[chosen]
-                point = PathPoint(point.value[chosen], point.gradient[chosen], point.rate[chosen])
-                log_weights = torch.zeros_like(log_weights)
-            accepted = math.nan
-            for _ in range(moves):
-                x, energy, gradient, point, accepted = _langevin(
-                    path, target, t, x, energy, gradient, point, sizes(t), generator
-                )
-                sizes.learn(t, accepted)
-            yield Walkers(t, x, log_weights, log_z, energy, gradient, accepted)
+    x = flow.base.sample(n, generator)
+    energy, gradient = target(x)
+    t, log_weights, log_z = 0.0, x.new_zeros(n), 0.0
+    point = path(x.new_tensor(0.0), x, energy, gradient)
+    for time in times.tolist():
+        before = point.value
+        if transport:
+            x, log_det = flow.transform.integrate(x, t, time, steps=substeps)
+            energy, gradient = target(x)
+        else:
+            log_det = x.new_zeros(n)
+        t = time
+        point = path(x.new_tensor(t), x, energy, gradient)
+        change = before - point.value + log_det
+        # a walker without an energy has no weight, whatever infinities met
+        log_weights = torch.where(torch.isfinite(change), log_weights + change, -math.inf)
+        if resample_below > 0 and float(_share(log_weights)) < resample_below:
+            log_z += float(torch.logsumexp(log_weights, 0)) - math.log(n)
+            chosen = systematic(log_weights, generator)
+            x, energy, gradient = x[chosen], energy[chosen], gradient[chosen]
+            point = PathPoint(point.value[chosen], point.gradient[chosen], point.rate[chosen])
+            log_weights = torch.zeros_like(log_weights)
+        accepted = math.nan
+        for _ in range(moves):
+            x, energy, gradient, point, accepted = _langevin(
+                path, target, t, x, energy, gradient, point, sizes(t), generator
+            )
+            sizes.learn(t, accepted)
+        yield Walkers(t, x, log_weights, log_z, energy, gradient, accepted)
 
 
 def _langevin(
@@ -163,16 +164,14 @@ def _langevin(
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     if hasattr(base, "project"):
         noise = base.project(noise)
-    new = x - size * point.gradient + math.sqrt(2 * size) * noise
+    lifted = x - size * point.gradient + math.sqrt(2 * size) * noise
     circular = getattr(base, "circular", None)
     turning = circular is not None and bool(circular.any())
-    if turning:
-        new = torch.where(circular, wrap(new), new)
+    new = torch.where(circular, wrap(lifted), lifted) if turning else lifted
     new_energy, new_gradient = target(new)
     new_point = path(x.new_tensor(t), new, new_energy, new_gradient)
-    back = x - new + size * new_point.gradient
-    if turning:
-        back = torch.where(circular, wrap(back), back)
+    # the way back undoes the very turn that led here: of many images each has its own reverse
+    back = x - lifted + size * new_point.gradient
     log_accept = point.value - new_point.value + 0.5 * noise.square().sum(-1) - back.square().sum(-1) / (4 * size)
     # without an energy a state is never entered
     log_accept = torch.nan_to_num(log_accept, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
@@ -247,12 +246,20 @@ def annealed_transport(
     Raises
     ------
     InputError
-        If the generator has no energy or no continuous flow.
+        If the generator has no energy or no continuous flow, or an argument is out of range.
     """
-    from openmm_bg.flows import ContinuousFlow
-
+    least = {"n": (n, 1), "steps": (steps, 1), "moves": (moves, 0), "substeps": (substeps, 1), "chunk": (chunk, 1)}
+    if moves:
+        least["tuning"] = (tuning, 2)
+    for name, (value, bound) in least.items():
+        if not isinstance(value, int) or value < bound:
+            raise InputError(f"{name} must be a whole number of at least {bound}, not {value!r}.")
     if generator.energy is None or not isinstance(generator.flow, ContinuousFlow):
         raise InputError("Annealed transport needs a generator with an energy and a ContinuousFlow.")
+    if generator.flow.transform.divergence != "exact":
+        raise InputError(
+            "Weights from an estimated divergence are biased; set flow.transform.divergence = 'exact' first."
+        )
     path = Interpolation(generator.flow, rate)
     target = Target(generator, torch.float64).value_and_gradient
     random = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.training.fit import fit, relabel_rotors, to_flow_coordinates
+from openmm_bg.training.gradient_flow import GradientFlowResidual, NoisedEnergy
 from openmm_bg.training.objectives import MaximumLikelihood, ReversePath
 from openmm_bg.training.paths import ContinuityResidual
 from openmm_bg.training.trainer import Settings, Stage, Trainer, TrainingResult
@@ -11,6 +12,8 @@ BoltzmannGenerator.fit = fit
 
 __all__ = [
     "ContinuityResidual",
+    "GradientFlowResidual",
+    "NoisedEnergy",
     "MaximumLikelihood",
     "ReversePath",
     "Settings",

@@ -66,6 +66,12 @@ class ContinuityResidual:
     state: dict[str, Any] = field(default_factory=dict, init=False)
     tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
 
+    def __post_init__(self) -> None:
+        for name, least in (("walkers", 2), ("times", 1), ("moves", 0), ("refresh", 1), ("memory", 1), ("groups", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+
     def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
         if not isinstance(step.flow, ContinuousFlow):
             raise InputError(f"The continuity residual trains a ContinuousFlow, not a {type(step.flow).__name__}.")

@@ -12,9 +12,9 @@ from openmm import app
 import openmm_bg as bg
 from openmm_bg.energies import Energy
 from openmm_bg.flows import MolecularFlow, RealNVP
+from openmm_bg.sampling.target import Target
 from openmm_bg.training import MaximumLikelihood, ReversePath
 from openmm_bg.training.objectives import Step
-from openmm_bg.sampling.target import Target
 
 
 class Gaussian(Energy):
