@@ -18,13 +18,13 @@ from openmm_bg.flows.velocity import PerceptronEnergy, VelocityField
 
 
 class GradientFlowVelocity(VelocityField):
-    """``v = (d theta / dt) grad (f - f_Z)`` with ``f = g(t) f_D(x) + (1 - t) psi(t, x / s)``, from noise to target.
+    """``v = (d theta / dt) grad (f - f_Z)`` with ``f = g f_D(x) + h f_Z(x) + (1 - t) psi(t, x / s)``, noise to target.
 
     Flow time t runs from the prior, t = 0, theta = ``horizon`` s^2, to the target, t = 1, theta = 0, where f is f_D
     exactly: ``theta = shortest s^2 (e^(L (1 - t)) - 1)``, logarithmic because structure of every size melts in its own
     decade.
-    The factor ``g = t / (1 + theta / theta_0)`` of the target's energy is the widening of a well of thermal variance
-    theta_0 by the noise; theta_0 is learned.
+    The factor ``g = exp(-theta / theta_0)`` of the target's energy, with theta_0 learned, lets go of its finest
+    structure as fast as the noise does, and ``h = 1 - exp(-2 theta)`` is the share of the prior.
 
     Parameters
     ----------
@@ -62,7 +62,8 @@ class GradientFlowVelocity(VelocityField):
         self._energy = (energy,)
         self.network = network
         self.std, self.horizon, self.shortest = float(std), float(horizon), float(shortest)
-        self.log_width = nn.Parameter(torch.tensor(math.log(shortest)))
+        # the structure that is finest goes first
+        self.log_width = nn.Parameter(torch.tensor(math.log(3 * shortest)))
 
     @property
     def target(self) -> Callable[[Tensor], Tensor]:
@@ -76,15 +77,20 @@ class GradientFlowVelocity(VelocityField):
 
     def share(self, t: Tensor) -> Tensor:
         """g(t), the part of the target's energy."""
-        theta, _ = self.noise_time(t)
-        return t / (1 + theta * torch.exp(-self.log_width))
+        return torch.exp(-self.noise_time(t)[0] * torch.exp(-self.log_width))
+
+    def envelope(self, t: Tensor) -> Tensor:
+        """h(t), the part of the prior's energy |x|^2 / (2 s^2)."""
+        return -torch.expm1(-2 * self.noise_time(t)[0])
 
     def energy(self, t: Tensor, x: Tensor, target: Tensor | None = None) -> Tensor:
         """f ``(batch,)`` at times ``()`` or ``(batch,)``; ``target`` are energies at x where they are known."""
         f_target = self.target(x) if target is None else target
         share = self.share(t)
         # at the prior the target has no say, however large
-        return torch.where(share == 0, 0.0, share * f_target) + (1 - t) * self.network(t, x / self.std)
+        known = torch.where(share == 0, 0.0, share * f_target)
+        prior = self.envelope(t) * 0.5 * (x / self.std).square().sum(-1)
+        return known + prior + (1 - t) * self.network(t, x / self.std)
 
     def derivatives(
         self, t: Tensor, x: Tensor, target: tuple[Tensor, Tensor, Tensor] | None = None
@@ -93,11 +99,13 @@ class GradientFlowVelocity(VelocityField):
         value_d, gradient_d, laplacian_d = laplacian(self.target, x) if target is None else target
         share, rest = self.share(t), 1 - t
         value, gradient, second = self.network.derivatives(t, x / self.std)
-        column, rest_column = share.reshape(-1, 1), rest.reshape(-1, 1)
+        prior = self.envelope(t)
+        column, rest_column, prior_column = share.reshape(-1, 1), rest.reshape(-1, 1), prior.reshape(-1, 1)
+        unit = x / self.std
         return (
-            torch.where(share == 0, 0.0, share * value_d) + rest * value,
-            column * gradient_d + rest_column * gradient / self.std,
-            share * laplacian_d + rest * second / self.std**2,
+            torch.where(share == 0, 0.0, share * value_d) + prior * 0.5 * unit.square().sum(-1) + rest * value,
+            column * gradient_d + prior_column * unit / self.std + rest_column * gradient / self.std,
+            share * laplacian_d + (prior * self.dimension + rest * second) / self.std**2,
         )
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:

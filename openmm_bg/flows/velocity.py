@@ -107,8 +107,8 @@ class Trunk(nn.Module):
     circulant : bool
         The dimensions are sites of a periodic chain, and all weights are shared between sites.
     first : {"silu", "sin"}
-        Activation of the first layer. Sines with weights of size ``bandwidth`` resolve structure of size
-        1 / bandwidth (random Fourier features that learn).
+        Activation of the first layer. Sines with weights of a tenth of ``bandwidth`` up to all of it resolve structure
+        down to 1 / bandwidth (random Fourier features that learn).
     """
 
     def __init__(
@@ -156,7 +156,11 @@ class Trunk(nn.Module):
             return torch.randn(*shape, generator=generator)
 
         # a bandwidth is in units of one coordinate: sines then see frequencies of that size along every direction
-        size = bandwidth if first == "sin" else bandwidth / math.sqrt(max(1, fan_in))
+        if first == "sin":
+            # a decade of scales, because a path starts smooth and ends sharp
+            size = bandwidth * 10 ** -torch.rand(channels, *(1,) * (2 if circulant else 1), generator=generator)
+        else:
+            size = torch.tensor(bandwidth / math.sqrt(max(1, fan_in)))
         columns = 1 if circulant else inputs
         lags = (dimension,) if circulant else ()
         self.weight1 = nn.Parameter(size * normal(channels, columns, *lags))

@@ -3,7 +3,7 @@
 from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.training.fit import fit, relabel_rotors, to_flow_coordinates
 from openmm_bg.training.gradient_flow import GradientFlowResidual, NoisedEnergy
-from openmm_bg.training.objectives import MaximumLikelihood, ReversePath
+from openmm_bg.training.objectives import MaximumLikelihood, Objective, ReversePath
 from openmm_bg.training.paths import ContinuityResidual
 from openmm_bg.training.trainer import Settings, Stage, Trainer, TrainingResult
 
@@ -14,6 +14,7 @@ __all__ = [
     "ContinuityResidual",
     "GradientFlowResidual",
     "NoisedEnergy",
+    "Objective",
     "MaximumLikelihood",
     "ReversePath",
     "Settings",

@@ -58,17 +58,10 @@ class GradientFlowResidual:
         x = noised_box(velocity, t, self.box, step.generator)
         target = laplacian(step.target.energy, x)
         step.target.evaluations += len(x)
-        time = t.requires_grad_()
-        value, gradient, second = velocity.derivatives(time, x, target)
-        (rate,) = torch.autograd.grad(value.sum(), time, create_graph=True)
-        speed = velocity.noise_time(t.detach())[1] * velocity.std**2
-        v = speed[:, None] * (gradient - x / velocity.std**2)
-        divergence = speed * (second - velocity.dimension / velocity.std**2)
-        residual = continuity_residual(PathPoint(value, gradient, rate), v, divergence)
+        residual, value, _ = _residual(velocity, t, x, target)
         above = (value - value.min()).detach()
         residual = torch.where(torch.isfinite(residual), residual / (1 + self.softness * above) ** 2, 0.0)
-        loss = huber_loss(residual, torch.zeros_like(residual))
-        return loss, {"residual": float(residual.detach().square().mean().sqrt())}
+        return _huber(residual).mean(), {"residual": float(residual.detach().square().mean().sqrt())}
 
 
 @dataclass
@@ -87,6 +80,9 @@ class NoisedEnergy:
         Half the edge of the box that holds the target; see :class:`GradientFlowResidual`.
     points, draws : int
         Points with labels, and energies of the target in each label.
+    residual : float
+        Weight of the residual of :class:`GradientFlowResidual`, at the same points: it holds neighbours in time
+        together, which labels with noise of their own cannot.
 
     References
     ----------
@@ -96,6 +92,7 @@ class NoisedEnergy:
     box: float
     points: int = 40_000
     draws: int = 256
+    residual: float = 0.1
     softness: float = 0.05
     needs_data: bool = field(default=False, init=False)
     needs_energy: bool = field(default=True, init=False)
@@ -107,25 +104,25 @@ class NoisedEnergy:
         if not self.tensors:
             self._label(velocity, step)
         rows = torch.randint(len(self.tensors["t"]), (step.batch_size,), generator=step.generator)
-        t, x, value, gradient, above, energy, force = (
-            self.tensors[name][rows] for name in ("t", "x", "value", "gradient", "above", "energy", "force")
+        t, x, label, label_gradient, above, energy, force, curve = (
+            self.tensors[name][rows]
+            for name in ("t", "x", "value", "gradient", "above", "energy", "force", "laplacian")
         )
-        leaf = x.clone().requires_grad_()
-        psi = velocity.network(t, leaf / velocity.std)
-        (slope,) = torch.autograd.grad(psi.sum(), leaf, create_graph=True)
-        share, rest = velocity.share(t), 1 - t
-        wrong = share * energy + rest * psi - value
+        residual, value, gradient = _residual(velocity, t, x, (energy, force, curve))
+        wrong = value - label
         # a gradient counts over the width of what the noise has left
-        theta = velocity.noise_time(t)[0]
-        width = velocity.std * torch.sqrt(-torch.expm1(-2 * theta) + velocity.shortest)[:, None]
-        bent = width * (share[:, None] * force + rest[:, None] * slope - gradient)
+        width = velocity.std * torch.sqrt(velocity.envelope(t) + velocity.shortest)[:, None]
+        bent = width * (gradient - label_gradient)
         weight = 1 / (1 + self.softness * above)
-        zero = torch.zeros_like
-        loss = weight * (
-            huber_loss(wrong, zero(wrong), reduction="none") + huber_loss(bent, zero(bent), reduction="none").sum(-1)
-        )
+        loss = weight * (_huber(wrong) + _huber(bent).sum(-1))
+        if self.residual > 0:
+            loss = loss + self.residual * _huber(weight.square() * residual)
         near = above < 5
-        return loss.mean(), {"error": float(wrong.detach()[near].std()), "bend": float(bent.detach()[near].std())}
+        return loss.mean(), {
+            "error": float(wrong.detach()[near].std()),
+            "bend": float(bent.detach()[near].std()),
+            "residual": float(residual.detach()[near].std()),
+        }
 
     def _label(self, velocity: GradientFlowVelocity, step: Step) -> None:
         """Points where there is density, a few where there is none, and what f and its gradient are there."""
@@ -138,12 +135,33 @@ class NoisedEnergy:
         chosen = torch.multinomial(torch.exp(-0.3 * above) + 0.02, self.points, generator=random)
         t, x, above = t[chosen], x[chosen], above[chosen]
         value, gradient = noised_energy(velocity, evaluate, t, x, self.draws, random)
-        energy, force = evaluate(x)
+        energy, force, curve = (
+            torch.cat(part) for part in zip(*(laplacian(step.target.energy, p) for p in x.split(_CHUNK)), strict=True)
+        )
+        step.target.evaluations += len(x)
         usable = torch.isfinite(value) & torch.isfinite(gradient).all(-1) & torch.isfinite(energy)
         for name, part in {
             "t": t, "x": x, "value": value, "gradient": gradient, "above": above, "energy": energy, "force": force,
+            "laplacian": curve,
         }.items():  # fmt: skip
             self.tensors[name] = part[usable]
+
+
+def _residual(
+    velocity: GradientFlowVelocity, t: Tensor, x: Tensor, target: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual of the continuity equation at points, f and its gradient, with graphs to the network."""
+    time = t.clone().requires_grad_()
+    value, gradient, second = velocity.derivatives(time, x, target)
+    (rate,) = torch.autograd.grad(value.sum(), time, create_graph=True)
+    speed = velocity.noise_time(t)[1] * velocity.std**2
+    v = speed[:, None] * (gradient - x / velocity.std**2)
+    divergence = speed * (second - velocity.dimension / velocity.std**2)
+    return continuity_residual(PathPoint(value, gradient, rate), v, divergence), value, gradient
+
+
+def _huber(x: Tensor) -> Tensor:
+    return huber_loss(x, torch.zeros_like(x), reduction="none")
 
 
 def gradient_flow_of(step: Step) -> GradientFlowVelocity:
