@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from openmm_bg.flows.base import Transform, wrap
 from openmm_bg.flows.networks import fourier_features, perceptron
 from openmm_bg.flows.spline import circular_parameters, circular_spline, interval_parameters, interval_spline
+
+Networks = Literal["joint", "split", "masked"]
 
 
 def alternating_masks(dimension: int, layers: int, generator: torch.Generator) -> list[Tensor]:
@@ -21,6 +24,12 @@ def alternating_masks(dimension: int, layers: int, generator: torch.Generator) -
         mask[order[: (dimension + 1) // 2]] = True
         masks += [mask, ~mask]
     return masks[:layers]
+
+
+def checkered_masks(dimension: int, layers: int) -> list[Tensor]:
+    """The even dimensions, then the odd ones, in turn; ``(dimension,)`` bool tensors, True where a layer moves."""
+    even = torch.arange(dimension) % 2 == 0
+    return [even if layer % 2 == 0 else ~even for layer in range(layers)]
 
 
 def _halves(moved: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,20 +50,45 @@ class AffineCoupling(Transform):
     moved : Tensor of bool, (dimension,)
     context_dimension : int
     hidden : sequence of int
+    networks : {"joint", "split", "masked"}
+        One network for s and t together, or one for each. Split networks see the kept dimensions and set the moved
+        ones; masked networks see the whole vector with the moved dimensions at zero, and what they say of the kept
+        dimensions goes unused.
     """
 
-    def __init__(self, moved: Tensor, context_dimension: int = 0, hidden: Sequence[int] = (128, 128)):
+    def __init__(
+        self,
+        moved: Tensor,
+        context_dimension: int = 0,
+        hidden: Sequence[int] = (128, 128),
+        networks: Networks = "joint",
+    ):
+        if networks not in get_args(Networks):
+            raise ValueError(f"networks must be one of {', '.join(get_args(Networks))}, not {networks!r}")
         super().__init__(len(moved), context_dimension)
         move, keep = _halves(moved)
         self.register_buffer("move", move)
         self.register_buffer("keep", keep)
         order = torch.argsort(torch.cat([move, keep]))
         self.register_buffer("restore", order)
-        self.network = perceptron(len(keep) + context_dimension, hidden, 2 * len(move))
+        self.networks = networks
+        if networks == "joint":
+            self.network = perceptron(len(keep) + context_dimension, hidden, 2 * len(move))
+        else:
+            inputs, outputs = (len(keep), len(move)) if networks == "split" else (len(moved), len(moved))
+            self.scale_network = perceptron(inputs + context_dimension, hidden, outputs)
+            self.shift_network = perceptron(inputs + context_dimension, hidden, outputs)
 
     def _scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.networks == "masked":
+            kept = kept.new_zeros(len(kept), self.dimension).index_copy(1, self.keep, kept)
         inputs = kept if context is None else torch.cat([kept, context], -1)
-        log_scale, shift = self.network(inputs).chunk(2, -1)
+        if self.networks == "joint":
+            log_scale, shift = self.network(inputs).chunk(2, -1)
+        else:
+            log_scale, shift = self.scale_network(inputs), self.shift_network(inputs)
+        if self.networks == "masked":
+            log_scale, shift = log_scale[:, self.move], shift[:, self.move]
         return 2 * torch.tanh(log_scale / 2), shift
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from openmm_bg.sampling.annealing import annealed_transport
 from openmm_bg.sampling.bursts import bursts
 from openmm_bg.sampling.dynamics import Trajectory, fastest_platform, simulate
 from openmm_bg.sampling.interpolation import Interpolation, continuity_residual
+from openmm_bg.sampling.latent import LatentEnergy
 from openmm_bg.sampling.metropolis import (
     Attempt,
     IndependenceProposals,
@@ -34,6 +35,7 @@ __all__ = [
     "Estimate",
     "IndependenceProposals",
     "Interpolation",
+    "LatentEnergy",
     "ReplicaExchange",
     "ReplicaExchangeResult",
     "Trajectory",

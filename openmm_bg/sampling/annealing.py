@@ -162,8 +162,9 @@ def _langevin(
     """One Metropolis-adjusted Langevin move of all walkers at time t."""
     base = path.flow.base
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    if hasattr(base, "project"):
-        noise = base.project(noise)
+    if hasattr(base, "centre"):
+        # a base on the subspace of zero centroid: walkers must not leave it
+        noise = base.centre(noise)
     lifted = x - size * point.gradient + math.sqrt(2 * size) * noise
     circular = getattr(base, "circular", None)
     turning = circular is not None and bool(circular.any())

@@ -1,0 +1,102 @@
+"""Run experiments, one row per seed, resumable; print the table and draw the figure."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .clusters import Cluster, assess_cluster
+from .experiments import Experiment
+from .figure import draw
+from .measure import assess, assess_annealed, read_rows, table, train, write_row
+from .molecule import MoleculePath, assess_molecule
+
+
+def parser_of(description: str, groups: dict[str, list[Experiment]]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="a minute, to see that it works: nothing is trained well")
+    parser.add_argument("--only", choices=sorted(groups), action="append", help="some of the groups of experiments")
+    parser.add_argument("--seed", type=int, action="append", help="may be given again; default 1, 2, 3")
+    parser.add_argument("--samples", type=int, default=100_000, help="draws that judge a flow")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, required=True, help="folder for rows, table and figure")
+    return parser
+
+
+def run(groups: dict[str, list[Experiment]], options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """Every chosen experiment that has no row yet."""
+    torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{name}.jsonl"
+    rows = read_rows(path)
+    chosen = options.only or list(groups)
+    seeds = options.seed or ([1] if options.short else [1, 2, 3])
+    panels = []
+    for group in chosen:
+        for experiment in groups[group]:
+            for seed in seeds:
+                key = {"target": experiment.name, "scheme": experiment.scheme_name, "seed": seed}
+                if any(all(row[k] == v for k, v in key.items()) for row in rows):
+                    continue
+                row, panel = one(experiment, seed, options)
+                rows.append(key | row)
+                write_row(path, rows[-1])
+                print(table([rows[-1]]).splitlines()[-1], flush=True)
+                if seed == seeds[0] and panel is not None:
+                    panels.append(panel)
+    text = table(rows)
+    (options.output / f"{name}.md").write_text(text + "\n")
+    print(text)
+    if panels:
+        draw(panels, rows, options.output / name)
+    return rows
+
+
+def one(experiment: Experiment, seed: int, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Train and measure one experiment."""
+    n = options.samples
+    if options.short:
+        experiment = dataclasses.replace(
+            experiment, steps=max(20, experiment.steps // 100), hidden=min(32, experiment.hidden), batch=256
+        )
+        n = min(n, 2000)
+    target, flow, objective = experiment.build(seed)
+    if options.short:
+        objective = _shortened(objective)
+    generator, row = train(
+        target, flow, objective, steps=experiment.steps, batch=experiment.batch, rate=experiment.rate, seed=seed
+    )
+    started = time.perf_counter()
+    if isinstance(experiment, Cluster):
+        size = 64 if options.short else 2000
+        row |= assess_cluster(experiment, generator, size, seed + 50, options.output, options.short)
+        return row | {"seconds_measuring": round(time.perf_counter() - started, 1)}, None
+    if isinstance(experiment, MoleculePath):
+        row |= assess_molecule(experiment, generator, min(n, 10_000), seed + 50)
+        return row | {"seconds_measuring": round(time.perf_counter() - started, 1)}, None
+    measured, samples = assess(generator, n, seed + 50)
+    row |= measured
+    if experiment.scheme in ("linear", "learned"):
+        annealed = min(n, 20_000)
+        row |= assess_annealed(generator, annealed, seed + 60, rate=experiment.schedule, **experiment.annealed)
+    row["seconds_measuring"] = round(time.perf_counter() - started, 1)
+    panel = None
+    if hasattr(target, "sample"):
+        exact = target.sample(min(n, 20_000), torch.Generator().manual_seed(seed + 70)).numpy()
+        panel = {
+            "title": f"{experiment.name}\n{experiment.scheme_name}",
+            "exact": exact,
+            "samples": samples.positions[:20_000].numpy(),
+        }
+    return row, panel
+
+
+def _shortened(objective: Any) -> Any:
+    """The same objective with fewer walkers or labels."""
+    small = {"walkers": 64, "times": 16, "points": 2000, "draws": 64}
+    return dataclasses.replace(objective, **{k: v for k, v in small.items() if hasattr(objective, k)})
