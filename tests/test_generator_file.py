@@ -144,7 +144,15 @@ def test_uninformed_generators_survive(alanine, tmp_path):
     assert not bg.BoltzmannGenerator.load(tmp_path / "a.bg").informed
 
 
-@pytest.mark.parametrize("flow", [RealNVP(2, layers=3, hidden=(8,)), SplineFlow([False, True], layers=2, hidden=(8,))])
+@pytest.mark.parametrize(
+    "flow",
+    [
+        RealNVP(2, layers=3, hidden=(8,)),
+        RealNVP(2, layers=3, hidden=(8,), networks="split"),
+        RealNVP(2, layers=3, hidden=(8,), networks="masked"),
+        SplineFlow([False, True], layers=2, hidden=(8,)),
+    ],
+)
 def test_analytic_densities_need_their_energy_again(flow, tmp_path):
     well = bg.systems.load("double_well")
     generator = bg.BoltzmannGenerator(well, flow)

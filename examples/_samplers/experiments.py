@@ -109,7 +109,7 @@ MATE_FLEURET = {
 
 CHEMSEDDINE = {
     "gmm40": [
-        _plane("gmm40", "gradient flow", 5000, 24.0, bandwidth=15.0, box=45.0),
+        _plane("gmm40", "gradient flow", 6000, 24.0, hidden=320, bandwidth=15.0, box=45.0),
         _plane("gmm40", "learned", 4000, 24.0, bandwidth=0.7),
         _plane("gmm40", "linear", 4000, 24.0, bandwidth=0.7),
     ],

@@ -104,9 +104,10 @@ def modes(target: bg.Energy, x: Tensor, log_weights: Tensor) -> dict[str, Any]:
     }
 
 
-def distances(exact: Tensor, x: Tensor, target: bg.Energy, seed: int, n: int = 2000) -> dict[str, float]:
+def distances(exact: Tensor, x: Tensor, target: bg.Energy, seed: int, most: int = 2000) -> dict[str, float]:
     """W2 and energy distance between n exact and n generated points, each with the floor of two exact sets."""
     random = torch.Generator().manual_seed(seed)
+    n = min(most, len(x))
     a, b = (target.sample(n, random).numpy() for _ in range(2))
     y = x[torch.randperm(len(x), generator=random)[:n]].numpy()
     value, floor = w2(a, y), w2(a, b)

@@ -3,7 +3,7 @@
 from openmm_bg.sampling.annealing import annealed_transport
 from openmm_bg.sampling.bursts import bursts
 from openmm_bg.sampling.dynamics import Trajectory, fastest_platform, simulate
-from openmm_bg.sampling.interpolation import Interpolation, continuity_residual
+from openmm_bg.sampling.interpolation import GradientFlowPath, Interpolation, continuity_residual
 from openmm_bg.sampling.latent import LatentEnergy
 from openmm_bg.sampling.metropolis import (
     Attempt,
@@ -33,6 +33,7 @@ __all__ = [
     "Attempt",
     "EffectiveSampleSize",
     "Estimate",
+    "GradientFlowPath",
     "IndependenceProposals",
     "Interpolation",
     "LatentEnergy",

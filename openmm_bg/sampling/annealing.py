@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from openmm_bg.errors import InputError
-from openmm_bg.flows import ContinuousFlow
+from openmm_bg.flows import ContinuousFlow, GradientFlowVelocity
 from openmm_bg.flows.base import wrap
 from openmm_bg.generator import BoltzmannGenerator, Samples
-from openmm_bg.sampling.interpolation import Interpolation, PathPoint
+from openmm_bg.sampling.interpolation import GradientFlowPath, Interpolation, PathPoint
 from openmm_bg.sampling.target import Target
 
+Path = Interpolation | GradientFlowPath
 ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _KNOTS = 65
@@ -83,7 +84,7 @@ class StepSizes:
 
 @torch.no_grad()
 def anneal(
-    path: Interpolation,
+    path: Path,
     target: ValueAndGradient,
     times: Tensor,
     n: int,
@@ -99,7 +100,7 @@ def anneal(
 
     Parameters
     ----------
-    path : Interpolation
+    path : Interpolation or GradientFlowPath
     target : callable
         Energies and gradients of the target, ``(n,)`` and ``(n, dimension)``; one call per time and move.
     times : Tensor, (k,)
@@ -119,8 +120,10 @@ def anneal(
     flow = path.flow
     x = flow.base.sample(n, generator)
     energy, gradient = target(x)
-    t, log_weights, log_z = 0.0, x.new_zeros(n), 0.0
+    t, log_z = 0.0, 0.0
     point = path(x.new_tensor(0.0), x, energy, gradient)
+    # zero where the path starts at the base
+    log_weights = -flow.base.log_prob(x) - point.value
     for time in times.tolist():
         before = point.value
         if transport:
@@ -149,7 +152,7 @@ def anneal(
 
 
 def _langevin(
-    path: Interpolation,
+    path: Path,
     target: ValueAndGradient,
     t: float,
     x: Tensor,
@@ -228,7 +231,7 @@ def annealed_transport(
     steps, moves : int
         Times on the way, evenly spaced, and Langevin moves at each.
     rate : float
-        Of the schedule it was trained with; see :class:`Interpolation`.
+        Of the schedule it was trained with; see :class:`Interpolation`. A gradient flow has its own path and no rate.
     transport : bool
         False leaves the velocity out: annealed importance sampling.
     substeps, resample_below
@@ -261,7 +264,8 @@ def annealed_transport(
         raise InputError(
             "Weights from an estimated divergence are biased; set flow.transform.divergence = 'exact' first."
         )
-    path = Interpolation(generator.flow, rate)
+    gradient_flow = isinstance(generator.flow.velocity, GradientFlowVelocity)
+    path = GradientFlowPath(generator.flow) if gradient_flow else Interpolation(generator.flow, rate)
     target = Target(generator, torch.float64).value_and_gradient
     random = torch.Generator().manual_seed(seed)
     times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openmm_bg.errors import InputError
-from openmm_bg.flows import ContinuousFlow
+from openmm_bg.flows import ContinuousFlow, GradientFlowVelocity
 
 
 @dataclass
@@ -93,6 +93,35 @@ class Interpolation:
             if not differentiable:
                 value, slope, rate = value.detach(), slope.detach(), rate.detach()
         return PathPoint(value, slope, rate)
+
+
+class GradientFlowPath:
+    """The learned energies of a gradient flow, as a path from its prior to its target.
+
+    Unlike an :class:`Interpolation` it starts only near the base; walkers on it begin with the weights that take them
+    there. Derivatives by time, which those walkers do not need, are NaN.
+
+    Parameters
+    ----------
+    flow : ContinuousFlow
+        With a :class:`~openmm_bg.flows.GradientFlowVelocity`.
+    """
+
+    def __init__(self, flow: ContinuousFlow):
+        if not isinstance(flow.velocity, GradientFlowVelocity):
+            raise InputError(f"A {type(flow.velocity).__name__} is no gradient flow.")
+        self.flow = flow
+
+    def __call__(
+        self, t: Tensor, x: Tensor, energy: Tensor, gradient: Tensor, *, differentiable: bool = False
+    ) -> PathPoint:
+        """As of :class:`Interpolation`."""
+        velocity = self.flow.velocity
+        known = (energy, gradient, torch.zeros_like(energy))
+        value, slope, _ = velocity.derivatives(t.expand(len(x)), x, known)
+        if not differentiable:
+            value, slope = value.detach(), slope.detach()
+        return PathPoint(value, slope, torch.full_like(value, math.nan))
 
 
 def continuity_residual(point: PathPoint, velocity: Tensor, divergence: Tensor) -> Tensor:

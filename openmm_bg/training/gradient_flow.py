@@ -92,7 +92,7 @@ class NoisedEnergy:
     box: float
     points: int = 40_000
     draws: int = 256
-    residual: float = 0.1
+    residual: float = 2.0
     softness: float = 0.05
     needs_data: bool = field(default=False, init=False)
     needs_energy: bool = field(default=True, init=False)

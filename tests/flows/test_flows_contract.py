@@ -17,8 +17,11 @@ from openmm_bg.flows import (
     Composition,
     ConditionalAffine,
     ConditionalWhitening,
+    ContinuousFlow,
     Flow,
     MolecularFlow,
+    PerceptronEnergy,
+    PerceptronVelocity,
     RealNVP,
     SplineCoupling,
     SplineFlow,
@@ -43,6 +46,8 @@ def whitening(context: int) -> ConditionalWhitening:
 TRANSFORMS = {
     "affine": lambda: (AffineCoupling(MOVED), [False] * 5, True),
     "affine with context": lambda: (AffineCoupling(MOVED, 4), [False] * 5, True),
+    "affine, split networks": lambda: (AffineCoupling(MOVED, 4, (16,), "split"), [False] * 5, True),
+    "affine, masked networks": lambda: (AffineCoupling(MOVED, 4, (16,), "masked"), [False] * 5, True),
     "affine without condition": lambda: (AffineCoupling(torch.ones(5).bool()), [False] * 5, True),
     "spline, all real": lambda: (SplineCoupling(MOVED, torch.zeros(5).bool()), [False] * 5, True),
     "spline, all circular": lambda: (SplineCoupling(MOVED, torch.ones(5).bool()), [True] * 5, True),
@@ -188,10 +193,16 @@ def molecular(kind: str) -> MolecularFlow:
 # name: (flow, volume of the box to integrate over)
 FLOWS = {
     "realnvp": lambda: RealNVP(2, layers=4, hidden=(16,)).double(),
+    "realnvp, split": lambda: RealNVP(2, layers=4, hidden=(16,), networks="split").double(),
+    "realnvp, masked": lambda: RealNVP(2, layers=4, hidden=(16,), networks="masked").double(),
     "spline": lambda: SplineFlow([False, True], layers=4, hidden=(16,)).double(),
     "torus": lambda: SplineTorsions([1, 3], hidden=8).double(),
     "affine torus": lambda: AffineTorsions(
         [1, 3], layers=4, hidden=(16,), generator=torch.Generator().manual_seed(0)
+    ).double(),
+    "continuous": lambda: ContinuousFlow(Base([False] * 2, std=2.0), PerceptronVelocity(2, 16, odd=True)).double(),
+    "continuous, mixed": lambda: ContinuousFlow(
+        Base([False, True]), PerceptronVelocity(2, 16, circular=[False, True]), perturbation=PerceptronEnergy(2, 8)
     ).double(),
     "molecular spline": lambda: molecular("spline"),
     "molecular realnvp": lambda: molecular("realnvp"),
@@ -238,7 +249,7 @@ def test_deep_copies_and_dtypes(flow):
     assert error.median() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["realnvp", "spline", "torus", "affine torus"])
+@pytest.mark.parametrize("name", ["realnvp", "realnvp, split", "realnvp, masked", "spline", "torus", "affine torus"])
 @pytest.mark.parametrize("broadened", [False, True])
 def test_densities_integrate_to_one(name, broadened):
     """Independent of the sampler: a sum over a grid."""
@@ -309,13 +320,48 @@ def test_a_stiff_torsion_may_not_leave_its_turn():
 
 
 def test_config_rebuilds_the_architecture():
-    for flow in (molecular("spline"), molecular("realnvp"), FLOWS["realnvp"](), FLOWS["spline"]()):
+    for name in (
+        "molecular spline", "molecular realnvp", "realnvp", "realnvp, split", "realnvp, masked", "spline",
+        "continuous", "continuous, mixed",
+    ):  # fmt: skip
+        flow = FLOWS[name]()
         disturb(flow)
         again = type(flow).from_config(flow.config()).double()
         again.load_state_dict(flow.state_dict())
         y, log_prob = flow.sample(20, torch.Generator().manual_seed(0))
         assert torch.equal(again.log_prob(y), flow.log_prob(y))
         assert torch.equal(again.sample(20, torch.Generator().manual_seed(0))[1], log_prob)
+
+
+def test_the_flows_of_rehman_and_friesecke_have_their_parameters():
+    for networks, hidden, published in (("masked", 128, 7704), ("split", 64, 2316)):
+        flow = RealNVP(2, layers=6, hidden=(hidden,), networks=networks)
+        assert sum(parameter.numel() for parameter in flow.parameters()) == published
+
+
+def test_masked_networks_see_the_kept_dimensions_alone():
+    layer = AffineCoupling(MOVED, hidden=(8,), networks="masked").double()
+    disturb(layer)
+    z = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    other = torch.where(MOVED, z + 1, z)
+    torch.testing.assert_close(layer(z)[1], layer(other)[1], atol=0, rtol=0)
+
+
+def test_separate_networks_move_the_dimensions_in_turn():
+    for name in ("realnvp, split", "realnvp, masked"):
+        layers = FLOWS[name]().transform.transforms
+        assert [layer.move.tolist() for layer in layers] == [[0], [1]] * 2
+
+
+def test_joint_networks_are_what_they_were():
+    """Files name no networks, and their weights keep their names."""
+    flow = RealNVP(2, layers=2, hidden=(8,), seed=3)
+    assert flow.config() == {"dimension": 2, "layers": 2, "hidden": [8], "seed": 3}
+    names = ["move", "keep", "restore"]
+    names += [f"network.{layer}.{what}" for layer in (0, 2) for what in ("weight", "bias")]
+    assert list(flow.transform.transforms[0].state_dict()) == names
+    with pytest.raises(ValueError, match="joint, split, masked"):
+        RealNVP(2, networks="separate")
 
 
 def test_flow_learns_a_gaussian():

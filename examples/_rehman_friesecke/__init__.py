@@ -1,0 +1,1 @@
+"""The parts of rehman_friesecke.py."""
