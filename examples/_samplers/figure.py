@@ -61,7 +61,7 @@ def draw(panels: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_xlabel("effective share of samples")
-    axes.legend(fontsize=7, loc="lower left")
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     for suffix in (".svg", ".png"):
         figure.savefig(path.with_suffix(suffix), dpi=110)
     plt.close(figure)
