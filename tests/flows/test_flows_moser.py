@@ -81,7 +81,10 @@ def test_draws_fill_the_cells_of_the_target(case):
 
 def test_map_of_one_coordinate_is_the_monotone_rearrangement():
     """Densities of x alone: T(x) = F1^-1(F0(x)), y stays."""
-    target = lambda p: -3 * (p[:, 0].square() - 1).square() / 4 + 0.4 * p[:, 0]  # noqa: E731
+
+    def target(p):
+        return -3 * (p[:, 0].square() - 1).square() / 4 + 0.4 * p[:, 0]
+
     transform = MoserTransform(lambda p: -0.2 * p[:, 0].square(), target, [(-2.0, 2.0), (0.0, 1.0)], grid=(128, 8))
     x = np.linspace(-2, 2, 400001)
     cumulative = []
@@ -109,7 +112,10 @@ def test_equal_densities_move_nothing():
 def test_gradient_solves_the_poisson_problem_of_a_cosine():
     """-Lap u = cos(pi x) cos(2 pi y) on the unit square has u = cos(pi x) cos(2 pi y) / (5 pi^2)."""
     pi = math.pi
-    density = lambda p: torch.log1p(0.5 * torch.cos(pi * p[:, 0]) * torch.cos(2 * pi * p[:, 1]))  # noqa: E731
+
+    def density(p):
+        return torch.log1p(0.5 * torch.cos(pi * p[:, 0]) * torch.cos(2 * pi * p[:, 1]))
+
     transform = MoserTransform(lambda p: 0 * p[:, 0], density, [(0.0, 1.0), (0.0, 1.0)], grid=64)
     p = torch.rand(100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p[0] = torch.tensor([0.0, 1.0])
@@ -238,7 +244,11 @@ def test_base_on_a_box(std, mean):
 
 # --- what is refused ------------------------------------------------------------------------------------------------
 
-FLAT = lambda p: 0 * p[:, 0]  # noqa: E731
+
+def FLAT(p):
+    return 0 * p[:, 0]
+
+
 UNIT = [(0.0, 1.0), (0.0, 1.0)]
 
 
