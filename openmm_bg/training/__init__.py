@@ -3,7 +3,7 @@
 from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.training.fit import fit, relabel_rotors, to_flow_coordinates
 from openmm_bg.training.gradient_flow import GradientFlowResidual, NoisedEnergy
-from openmm_bg.training.objectives import MaximumLikelihood, Objective, ReversePath
+from openmm_bg.training.objectives import LogVariance, MaximumLikelihood, Objective, ReversePath
 from openmm_bg.training.paths import ContinuityResidual
 from openmm_bg.training.trainer import Settings, Stage, Trainer, TrainingResult
 
@@ -13,6 +13,7 @@ BoltzmannGenerator.fit = fit
 __all__ = [
     "ContinuityResidual",
     "GradientFlowResidual",
+    "LogVariance",
     "NoisedEnergy",
     "Objective",
     "MaximumLikelihood",

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from openmm_bg.errors import InputError
 from openmm_bg.flows import Flow, MolecularFlow
@@ -236,6 +237,72 @@ class ReversePath:
             mean += math.log(0.98 + 0.02 * math.exp(min(now - mean, 2.0)))
         self.state["log_mean_weight"] = mean
         return (self.power * (log_w - mean)).exp().clamp(max=self.cap)
+
+
+@dataclass
+class LogVariance:
+    """The variance of ``log q + u``, which is zero only where the flow has the target's density.
+
+    Points may come from anywhere, because the variance is zero under every measure: here from the flow itself and from
+    data. The data need not carry the right weights and their number sets no floor, as it does for maximum likelihood:
+    they only have to visit all modes, and the energies say the rest. So a few thousand annealed walkers are enough.
+
+    Parameters
+    ----------
+    own : float
+        Share of points that the flow draws; the others are data. With 1 it needs no data, and forgets modes as reverse
+        Kullback-Leibler does.
+    delta : float
+        Deviations from the median beyond this (kT) count linearly: one hole of the flow may not rule a step.
+
+    References
+    ----------
+    Richter, Boustati, Nuesken, Ruiz & Akyildiz, VarGrad, NeurIPS 2020 (arXiv:2010.10436); Nuesken & Richter, Partial
+    Differential Equations and Applications 2, 48 (2021).
+
+    Examples
+    --------
+    >>> import openmm_bg as bg
+    >>> target = bg.systems.load("many_well_8")
+    >>> walkers = 1.7 * torch.randn(200, 8, generator=torch.Generator().manual_seed(0)).sign()
+    >>> generator = bg.BoltzmannGenerator(target, bg.flows.SplineFlow([False] * 8, layers=2, hidden=(16,)))
+    >>> generator.fit(walkers, likelihood_steps=5, steps=5, objective=LogVariance(), progress=False).steps
+    10
+    """
+
+    own: float = 0.5
+    delta: float = 3.0
+    needs_data: bool = field(default=True, init=False)
+    needs_energy: bool = field(default=True, init=False)
+    state: dict[str, float] = field(default_factory=dict, init=False)
+    tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.own <= 1:
+            raise InputError(f"own must be between 0 and 1, not {self.own}.")
+        if not self.delta > 0:
+            raise InputError(f"delta must be positive, not {self.delta}.")
+        self.needs_data = self.own < 1
+
+    def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
+        own = round(self.own * step.batch_size)
+        with torch.no_grad():
+            points = [step.flow.sample(own, step.generator)[0]] if own else []
+        if own < step.batch_size:
+            points.append(step.data(step.batch_size - own))
+        x = torch.cat(points)
+        usable = torch.isfinite(x).all(-1)
+        u = step.target.value(x)
+        usable &= torch.isfinite(u)
+        deviation = step.flow.log_prob(x[usable]) + u[usable]
+        finite = torch.isfinite(deviation)
+        deviation = deviation[finite]
+        if len(deviation) < 2:
+            return u.new_full((), math.nan), {"lost": 1.0}
+        near = (deviation.detach() - deviation.detach().median()).abs() < self.delta
+        deviation = deviation - deviation.detach()[near].mean()
+        loss = functional.huber_loss(deviation, torch.zeros_like(deviation), delta=self.delta)
+        return loss, {"spread": float(deviation.detach().std()), "lost": 1 - len(deviation) / len(x)}
 
 
 def _summary(log_w: Tensor) -> dict[str, float]:

@@ -11,9 +11,11 @@ from openmm import app
 
 import openmm_bg as bg
 from openmm_bg.energies import Energy
-from openmm_bg.flows import MolecularFlow, RealNVP
+from openmm_bg.errors import InputError
+from openmm_bg.flows import MolecularFlow, RealNVP, SplineFlow
+from openmm_bg.sampling import effective_sample_size
 from openmm_bg.sampling.target import Target
-from openmm_bg.training import MaximumLikelihood, ReversePath
+from openmm_bg.training import LogVariance, MaximumLikelihood, ReversePath, Settings
 from openmm_bg.training.objectives import Step
 
 
@@ -193,3 +195,75 @@ def test_molecular_objective_prefers_the_right_weights_of_basins():
         t = flow.draw_torsions(4000, random)
     # the mean cosine of the von Mises density with kappa = 2
     assert abs(float(t[:, 0].cos().mean()) - 0.6978) < 0.1
+
+
+def test_log_variance_is_zero_at_the_target_only():
+    s, shift = 0.6, 0.3
+    flow = one_dimension(s, shift)
+    width = math.exp(2 * math.tanh(s / 2))
+    rows = torch.linspace(-6, 6, 500, dtype=torch.float64)[:, None]
+    # any points, any constant of the energy
+    loss, seen = LogVariance()(step_of(flow, Gaussian(shift, width, 7.0), 400, data=lambda n: rows[:n]))
+    assert float(loss.detach()) < 1e-20 and seen["spread"] < 1e-9 and seen["lost"] == 0
+    loss, _ = LogVariance()(step_of(flow, Gaussian(shift + 0.5, width, 7.0), 400, data=lambda n: rows[:n]))
+    assert float(loss.detach()) > 0.01
+
+
+def test_log_variance_has_the_gradient_of_the_variance():
+    flow = one_dimension()
+    (values,) = flow.parameters()
+    energy = Gaussian(-0.2, 1.4)
+    rows = torch.linspace(-3, 2, 300, dtype=torch.float64)[:, None]
+    loss, _ = LogVariance(own=0, delta=1e6)(step_of(flow, energy, 300, data=lambda n: rows[:n]))
+    (got,) = torch.autograd.grad(loss, values)
+    (expected,) = torch.autograd.grad(0.5 * (flow.log_prob(rows) + energy(rows)).var(correction=0), values)
+    assert torch.allclose(got, expected, rtol=1e-9)
+
+
+class Lopsided(Energy):
+    """Two Gaussians of width 0.4 at -1.5 and 1.5 with weights 0.2 and 0.8; infinite beyond 6."""
+
+    def __init__(self):
+        super().__init__((1,))
+
+    def reduced(self, x):
+        parts = torch.stack([-0.5 * ((x[:, 0] - c) / 0.4) ** 2 + math.log(w) for c, w in ((-1.5, 0.2), (1.5, 0.8))])
+        return torch.where(x[:, 0].abs() < 6, -torch.logsumexp(parts, 0), math.inf)
+
+
+def test_log_variance_mends_the_weights_of_data():
+    generator = bg.BoltzmannGenerator(Lopsided(), SplineFlow([False], layers=2, bins=24, bound=5.0), defensive=0.0)
+    random = torch.Generator().manual_seed(0)
+    rows = 0.4 * torch.randn(2000, 1, generator=random) + 1.5 * torch.randn(2000, 1, generator=random).sign()
+    settings = Settings(batch_size=512, learning_rate=2e-2, average=0.98)
+    generator.fit(rows, likelihood_steps=200, steps=0, settings=settings, seed=0, progress=False)
+    before = generator.sample(4000, seed=1).positions
+    assert abs(float((before > 0).double().mean()) - 0.5) < 0.05
+    generator.fit(
+        rows, likelihood_steps=0, steps=400, objective=LogVariance(), settings=settings, seed=0, progress=False
+    )
+    after = generator.sample(4000, seed=1)
+    assert abs(float((after.positions > 0).double().mean()) - 0.8) < 0.03
+    assert effective_sample_size(after.log_weights).fraction > 0.98
+
+
+def test_log_variance_loses_points_without_an_energy_and_says_so():
+    flow = one_dimension()
+    rows = torch.tensor([[0.1], [0.2], [9.0], [math.nan]], dtype=torch.float64)
+    loss, seen = LogVariance(own=0)(step_of(flow, Lopsided(), 4, data=lambda n: rows[:n]))
+    assert math.isfinite(float(loss.detach())) and seen["lost"] == 0.5
+    loss, _ = LogVariance(own=0)(step_of(flow, Lopsided(), 2, data=lambda n: rows[2:]))
+    assert math.isnan(float(loss))
+
+
+@pytest.mark.parametrize("arguments", [{"own": -0.1}, {"own": 1.5}, {"own": math.nan}, {"delta": 0.0}])
+def test_log_variance_refuses(arguments):
+    with pytest.raises(InputError, match="must be"):
+        LogVariance(**arguments)
+
+
+def test_log_variance_asks_for_data_unless_it_draws_everything():
+    generator = bg.BoltzmannGenerator(Lopsided(), SplineFlow([False], layers=2))
+    with pytest.raises(InputError, match="needs data"):
+        generator.fit(steps=1, objective=LogVariance(), progress=False)
+    assert generator.fit(steps=1, objective=LogVariance(own=1.0), progress=False).steps == 1
