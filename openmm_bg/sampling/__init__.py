@@ -12,6 +12,7 @@ from openmm_bg.sampling.metropolis import (
     independence_chain,
     log_acceptance,
 )
+from openmm_bg.sampling.noised import NoisedMesh, noised_energy
 from openmm_bg.sampling.replica_exchange import (
     ReplicaExchange,
     ReplicaExchangeResult,
@@ -37,6 +38,7 @@ __all__ = [
     "IndependenceProposals",
     "Interpolation",
     "LatentEnergy",
+    "NoisedMesh",
     "ReplicaExchange",
     "ReplicaExchangeResult",
     "Trajectory",
@@ -52,6 +54,7 @@ __all__ = [
     "largest_log_ratio",
     "log_acceptance",
     "log_normalizer",
+    "noised_energy",
     "replica_exchange",
     "resample",
     "reweighted_mean",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +13,7 @@ from openmm_bg.errors import InputError
 from openmm_bg.flows import ContinuousFlow, GradientFlowVelocity
 from openmm_bg.flows.gradient_flow import laplacian
 from openmm_bg.sampling.interpolation import PathPoint, continuity_residual
+from openmm_bg.sampling.noised import NoisedMesh, noised_energy
 from openmm_bg.training.objectives import Step
 
 _CHUNK = 2**13
@@ -70,16 +69,19 @@ class NoisedEnergy:
 
     The noising process is Gaussian, so its density at theta is known as an integral,
     ``exp(-f(x)) = e^(d theta) E[exp(-f_D(y))]`` with y normal around e^theta x, and so is its gradient. Both are
-    estimated once for a set of points, by quasi-random numbers drawn where the normal meets the prior, and then
-    learned. In few dimensions this replaces the differential equation by ordinary regression; in many no number of
-    draws is enough.
+    computed once for a set of points and then learned: in up to three dimensions by sums over a mesh on which the
+    target is evaluated once (:class:`~openmm_bg.sampling.NoisedMesh`); otherwise, or where the noise is finer than the
+    mesh, by quasi-random numbers drawn where the normal meets the prior. In few dimensions this replaces the
+    differential equation by ordinary regression; in many no number of draws is enough.
 
     Parameters
     ----------
     box : float
         Half the edge of the box that holds the target; see :class:`GradientFlowResidual`.
     points, draws : int
-        Points with labels, and energies of the target in each label.
+        Points with labels, and energies of the target in each label that the mesh does not give.
+    mesh : int
+        Points of the mesh in all; 0 does without.
     residual : float
         Weight of the residual of :class:`GradientFlowResidual`, at the same points: it holds neighbours in time
         together, which labels with noise of their own cannot.
@@ -90,14 +92,21 @@ class NoisedEnergy:
     """
 
     box: float
-    points: int = 40_000
+    points: int = 160_000
     draws: int = 256
+    mesh: int = 2**18
     residual: float = 2.0
     softness: float = 0.05
     needs_data: bool = field(default=False, init=False)
     needs_energy: bool = field(default=True, init=False)
     state: dict[str, Any] = field(default_factory=dict, init=False)
     tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("points", 1), ("draws", 1), ("mesh", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
 
     def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
         velocity = gradient_flow_of(step)
@@ -128,13 +137,27 @@ class NoisedEnergy:
         """Points where there is density, a few where there is none, and what f and its gradient are there."""
         evaluate = step.target.value_and_gradient
         random = step.generator
+        mesh = None
+        if self.mesh and velocity.dimension <= NoisedMesh.most:
+            mesh = NoisedMesh.of(velocity, lambda y: evaluate(y)[0], 1.25 * self.box, self.mesh)
+            mesh.check(velocity)
+
+        def labels(t: Tensor, x: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+            value, gradient = torch.empty_like(t), torch.empty_like(x)
+            known = mesh.resolves(velocity, t) if mesh else torch.zeros_like(t, dtype=torch.bool)
+            if mesh:
+                value[known], gradient[known] = (part.to(x.dtype) for part in mesh(velocity, t[known], x[known]))
+            rest = ~known
+            value[rest], gradient[rest] = noised_energy(velocity, evaluate, t[rest], x[rest], draws, random)
+            return value, gradient
+
         t = torch.rand(4 * self.points, generator=random)
         x = noised_box(velocity, t, self.box, random)
-        rough, _ = noised_energy(velocity, evaluate, t, x, max(16, self.draws // 16), random)
+        rough, _ = labels(t, x, max(16, self.draws // 16))
         above = (rough - _average_energy(t, rough)).clamp(min=0)
-        chosen = torch.multinomial(torch.exp(-0.3 * above) + 0.02, self.points, generator=random)
+        chosen = torch.multinomial(torch.exp(-0.3 * above) + 1e-3, self.points, generator=random)
         t, x, above = t[chosen], x[chosen], above[chosen]
-        value, gradient = noised_energy(velocity, evaluate, t, x, self.draws, random)
+        value, gradient = labels(t, x, self.draws)
         energy, force, curve = (
             torch.cat(part) for part in zip(*(laplacian(step.target.energy, p) for p in x.split(_CHUNK)), strict=True)
         )
@@ -145,6 +168,26 @@ class NoisedEnergy:
             "laplacian": curve,
         }.items():  # fmt: skip
             self.tensors[name] = part[usable]
+        self._calibrate(velocity)
+
+    def _calibrate(self, velocity: GradientFlowVelocity, iterations: int = 60) -> None:
+        """Fit what depends on time alone, the height of f and the target's share, before the network starts."""
+        t, x, label, above, energy = (self.tensors[name] for name in ("t", "x", "value", "above", "energy"))
+        weight = 1 / (1 + self.softness * above)
+        parameters = [velocity.log_width, velocity.network.outer.rows]
+        optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            prior = velocity.envelope(t) * 0.5 * (x / velocity.std).square().sum(-1)
+            value = velocity.share(t) * energy + prior + (1 - t) * velocity.network.outer(t)[0][:, 0]
+            loss = (weight * _huber(value - label)).mean()
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            optimizer.step(closure)
+        optimizer.zero_grad()
 
 
 def _residual(
@@ -177,61 +220,6 @@ def noised_box(velocity: GradientFlowVelocity, t: Tensor, box: float, generator:
     inside = box * (2 * torch.rand(len(t), velocity.dimension, generator=generator) - 1)
     noise = velocity.std * torch.randn(len(t), velocity.dimension, generator=generator)
     return kept * inside + torch.sqrt(1 - kept.square()) * noise
-
-
-@torch.no_grad()
-def noised_energy(
-    velocity: GradientFlowVelocity,
-    target: Callable[[Tensor], tuple[Tensor, Tensor]],
-    t: Tensor,
-    x: Tensor,
-    draws: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Minus the log of the noised target's density, up to the target's log Z, and its gradient, by quasi-Monte Carlo.
-
-    Parameters
-    ----------
-    velocity : GradientFlowVelocity
-        For its noise.
-    target : callable
-        Energies and gradients of the target.
-    t, x : Tensor, (n,) and (n, dimension)
-    draws : int
-        Energies per point.
-
-    Returns
-    -------
-    value, gradient : Tensor, (n,) and (n, dimension)
-    """
-    dimension, std = velocity.dimension, velocity.std
-    # two numbers from one seed of the generator keep the sequence reproducible
-    seed = int(torch.randint(2**31, (1,), generator=generator))
-    points = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed).draw(draws).to(x.dtype)
-    values, gradients = [], []
-    for time, place in zip(t.split(max(1, _CHUNK // draws)), x.split(max(1, _CHUNK // draws)), strict=True):
-        theta = velocity.noise_time(time)[0][:, None]
-        grown, spread = torch.exp(theta), std * torch.sqrt(torch.expm1(2 * theta)).clamp(min=1e-6)
-        centre = grown * place
-        # where the normal is wider than the target, draws around the prior's part of it alone can meet the target
-        wide = 1.5 * std
-        narrow = (spread**-2 + wide**-2) ** -0.5
-        middle = centre * (narrow / spread) ** 2
-        shifted = (points + torch.rand(len(place), 1, dimension, generator=generator, dtype=x.dtype)) % 1
-        normal = math.sqrt(2) * torch.erfinv((2 * shifted - 1).clamp(-1 + 1e-6, 1 - 1e-6))
-        y = middle[:, None] + narrow[:, None] * normal
-        energy, force = target(y.flatten(0, 1))
-        energy, force = energy.view(len(place), draws), force.view(len(place), draws, dimension)
-        away = (y - centre[:, None]) / spread[:, None]
-        log_ratio = 0.5 * (normal.square() - away.square()).sum(-1) + dimension * torch.log(narrow / spread)
-        log_weights = log_ratio - energy
-        values.append(-torch.logsumexp(log_weights, 1) + math.log(draws) - dimension * theta[:, 0])
-        share = torch.softmax(log_weights, 1)[..., None]
-        by_target = grown * (share * force).sum(1)
-        by_noise = -grown * (share * away).sum(1) / spread
-        # the target's forces are the quieter estimate while the noise is narrower than its structure
-        gradients.append(torch.where(spread < std * math.sqrt(3 * velocity.shortest), by_target, by_noise))
-    return torch.cat(values), torch.cat(gradients)
 
 
 def _average_energy(t: Tensor, value: Tensor, bins: int = 16) -> Tensor:
