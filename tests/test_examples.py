@@ -107,10 +107,12 @@ def test_mate_fleuret_covers_every_target(tmp_path):
     printed = run(tmp_path, "mate_fleuret.py", "--short", "--output", "paths")
     rows = rows_of(tmp_path / "paths" / "mate_fleuret.jsonl")
     assert {row["target"].split()[0] for row in rows} == {
-        "gmm_pair", "gmm4", "gmm2_unequal", "many_well_8", "many_well_8_delta2", "lattice_double_well", "dw4", "lj13",
-        "alanine_dipeptide",
+        "gmm_pair", "gmm4", "gmm2_unequal", "many_well_8", "many_well_8_delta2", "many_well_32",
+        "lattice_double_well", "dw4", "lj13", "alanine_dipeptide",
     }  # fmt: skip
-    assert {row["scheme"] for row in rows} >= {"linear", "learned", "reverse KL", "linear, no symmetry of signs"}
+    assert {row["scheme"] for row in rows} >= {
+        "linear", "learned", "reverse KL", "linear, no symmetry of signs", "walkers, log-variance",
+    }  # fmt: skip
     for row in rows:
         assert 0 < row["ess"] <= 1 and row["evaluations"] > 0
         if row["target"] == "gmm4":

@@ -26,7 +26,7 @@ def draw(panels: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -
     """
     columns = max(1, min(4, len(panels)))
     lines = -(-len(panels) // columns)
-    figure = plt.figure(figsize=(3.2 * columns, 3.0 * lines + 0.34 * len(rows) + 1.4), layout="constrained")
+    figure = plt.figure(figsize=(max(7.0, 3.2 * columns), 3.0 * lines + 0.34 * len(rows) + 1.4), layout="constrained")
     grid = figure.add_gridspec(lines + 1, columns, height_ratios=[3.0] * lines + [0.34 * len(rows) + 1.0])
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(grid[number // columns, number % columns])

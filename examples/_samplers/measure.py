@@ -28,6 +28,7 @@ def train(
     rate: float,
     seed: int,
     data: Any = None,
+    likelihood_steps: int | None = None,
     progress: bool = True,
 ) -> tuple[bg.BoltzmannGenerator, dict[str, Any]]:
     """A trained generator, and what it cost."""
@@ -36,7 +37,10 @@ def train(
         batch_size=batch, learning_rate=rate, validate_every=max(1, steps // 4), validation_size=1024, average=0.995
     )
     started = time.perf_counter()
-    result = generator.fit(data, steps=steps, objective=objective, settings=settings, seed=seed, progress=progress)
+    result = generator.fit(
+        data, steps=steps, likelihood_steps=likelihood_steps, objective=objective, settings=settings, seed=seed,
+        progress=progress,
+    )  # fmt: skip
     return generator, {
         "seconds": round(time.perf_counter() - started, 1),
         "evaluations": result.evaluations,

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+from openmm_bg.flows import ContinuousFlow
+
 from .clusters import Cluster, assess_cluster
 from .experiments import Experiment
 from .figure import draw
 from .measure import assess, assess_annealed, read_rows, table, train, write_row
 from .molecule import MoleculePath, assess_molecule
+from .walkers import FromWalkers
 
 
 def parser_of(description: str, groups: dict[str, list[Experiment]]) -> argparse.ArgumentParser:
@@ -67,13 +70,19 @@ def one(experiment: Experiment, seed: int, options: argparse.Namespace) -> tuple
         experiment = dataclasses.replace(
             experiment, steps=10, hidden=min(16, experiment.hidden), batch=64, annealed={"steps": 10, "moves": 1}
         )
+        if isinstance(experiment, FromWalkers):
+            experiment = dataclasses.replace(experiment, walkers=300, temperatures=10, likelihood_steps=10)
         n = min(n, 300)
     target, flow, objective = experiment.build(seed)
     if options.short:
         objective = _shortened(objective)
-    generator, row = train(
-        target, flow, objective, steps=experiment.steps, batch=experiment.batch, rate=experiment.rate, seed=seed
-    )
+    settings = {"steps": experiment.steps, "batch": experiment.batch, "rate": experiment.rate, "seed": seed}
+    known: dict[str, Any] = {}
+    if isinstance(experiment, FromWalkers):
+        settings["data"], known = experiment.data(target, seed)
+        settings["likelihood_steps"] = experiment.likelihood_steps
+    generator, row = train(target, flow, objective, **settings)
+    row |= known
     started = time.perf_counter()
     if isinstance(experiment, Cluster):
         size = 50 if options.short else 2000
@@ -84,7 +93,7 @@ def one(experiment: Experiment, seed: int, options: argparse.Namespace) -> tuple
         return row | {"seconds_measuring": round(time.perf_counter() - started, 1)}, None
     measured, samples = assess(generator, n, seed + 50)
     row |= measured
-    if experiment.scheme != "reverse KL":
+    if isinstance(flow, ContinuousFlow) and experiment.scheme != "reverse KL":
         annealed = min(n, 20_000)
         row |= assess_annealed(generator, annealed, seed + 60, rate=experiment.schedule, **experiment.annealed)
     row["seconds_measuring"] = round(time.perf_counter() - started, 1)
