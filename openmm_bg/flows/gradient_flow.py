@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from openmm_bg.errors import InputError
-from openmm_bg.flows.velocity import PerceptronEnergy, VelocityField
+from openmm_bg.flows.velocity import PerceptronEnergy, TimeWindows, VelocityField
 
 
 class GradientFlowVelocity(VelocityField):
-    """``v = (d theta / dt) grad (f - f_Z)`` with ``f = g f_D(x) + h f_Z(x) + (1 - t) psi(t, x / s)``, noise to target.
+    """``v = (d theta / dt) grad (f - f_Z)`` with ``f = g f_D + h f_Z + (1 - t) (e^-theta psi(t, x / s) + c(t))``.
 
     Flow time t runs from the prior, t = 0, theta = ``horizon`` s^2, to the target, t = 1, theta = 0, where f is f_D
     exactly: ``theta = shortest s^2 (e^(L (1 - t)) - 1)``, logarithmic because structure of every size melts in its own
     decade.
     The factor ``g = exp(-theta / theta_0)`` of the target's energy, with theta_0 learned, lets go of its finest
-    structure as fast as the noise does, and ``h = 1 - exp(-2 theta)`` is the share of the prior.
+    structure as fast as the noise does, ``h = 1 - exp(-2 theta)`` is the share of the prior, and c a height that
+    depends on time alone. The network counts less and less towards the prior, as what is missing there does: the field
+    is a small difference of large gradients by then.
 
     Parameters
     ----------
@@ -64,6 +66,7 @@ class GradientFlowVelocity(VelocityField):
         self.std, self.horizon, self.shortest = float(std), float(horizon), float(shortest)
         # the structure that is finest goes first
         self.log_width = nn.Parameter(torch.tensor(math.log(3 * shortest)))
+        self.height = TimeWindows(len(network.outer.centre), [1])
 
     @property
     def target(self) -> Callable[[Tensor], Tensor]:
@@ -90,20 +93,28 @@ class GradientFlowVelocity(VelocityField):
         # at the prior the target has no say, however large
         known = torch.where(share == 0, 0.0, share * f_target)
         prior = self.envelope(t) * 0.5 * (x / self.std).square().sum(-1)
-        return known + prior + (1 - t) * self.network(t, x / self.std)
+        height = (1 - t) * self.height(t)[0][:, 0]
+        return known + prior + height + self.rest(t) * self.network(t, x / self.std)
+
+    def rest(self, t: Tensor) -> Tensor:
+        """The part of the network: nothing at the target, and e^-theta towards the prior, as f comes near it."""
+        return (1 - t) * torch.exp(-self.noise_time(t)[0])
 
     def derivatives(
         self, t: Tensor, x: Tensor, target: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """f, its gradient and its Laplacian; ``target`` the same three of f_D at x where they are known."""
         value_d, gradient_d, laplacian_d = laplacian(self.target, x) if target is None else target
-        share, rest = self.share(t), 1 - t
+        share, rest = self.share(t), self.rest(t)
         value, gradient, second = self.network.derivatives(t, x / self.std)
         prior = self.envelope(t)
         column, rest_column, prior_column = share.reshape(-1, 1), rest.reshape(-1, 1), prior.reshape(-1, 1)
         unit = x / self.std
         return (
-            torch.where(share == 0, 0.0, share * value_d) + prior * 0.5 * unit.square().sum(-1) + rest * value,
+            torch.where(share == 0, 0.0, share * value_d)
+            + prior * 0.5 * unit.square().sum(-1)
+            + (1 - t) * self.height(t)[0][:, 0]
+            + rest * value,
             column * gradient_d + prior_column * unit / self.std + rest_column * gradient / self.std,
             share * laplacian_d + (prior * self.dimension + rest * second) / self.std**2,
         )

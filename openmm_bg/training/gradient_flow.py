@@ -53,7 +53,7 @@ class GradientFlowResidual:
     def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
         velocity = gradient_flow_of(step)
         lowest = max(0.0, 1 - step.progress / self.curriculum) if self.curriculum > 0 else 0.0
-        t = lowest + (1 - lowest) * torch.rand(step.batch_size, generator=step.generator)
+        t = lowest + (1 - lowest) * _uniform(velocity, step.batch_size, generator=step.generator)
         x = noised_box(velocity, t, self.box, step.generator)
         target = laplacian(step.target.energy, x)
         step.target.evaluations += len(x)
@@ -95,7 +95,7 @@ class NoisedEnergy:
     points: int = 160_000
     draws: int = 256
     mesh: int = 2**18
-    residual: float = 2.0
+    residual: float = 4.0
     softness: float = 0.05
     needs_data: bool = field(default=False, init=False)
     needs_energy: bool = field(default=True, init=False)
@@ -151,8 +151,9 @@ class NoisedEnergy:
             value[rest], gradient[rest] = noised_energy(velocity, evaluate, t[rest], x[rest], draws, random)
             return value, gradient
 
-        t = torch.rand(4 * self.points, generator=random)
-        x = noised_box(velocity, t, self.box, random)
+        t = _uniform(velocity, 4 * self.points, generator=random)
+        # wider than the density: what starts in the tails has far to go, and too few points there lose it on the way
+        x = noised_box(velocity, t, 1.2 * self.box, random, widened=1.5)
         rough, _ = labels(t, x, max(16, self.draws // 16))
         above = (rough - _average_energy(t, rough)).clamp(min=0)
         chosen = torch.multinomial(torch.exp(-0.3 * above) + 1e-3, self.points, generator=random)
@@ -171,17 +172,17 @@ class NoisedEnergy:
         self._calibrate(velocity)
 
     def _calibrate(self, velocity: GradientFlowVelocity, iterations: int = 60) -> None:
-        """Fit what depends on time alone, the height of f and the target's share, before the network starts."""
+        """Fit the height of f, which depends on time alone and which the network would be long in finding."""
         t, x, label, above, energy = (self.tensors[name] for name in ("t", "x", "value", "above", "energy"))
-        weight = 1 / (1 + self.softness * above)
-        parameters = [velocity.log_width, velocity.network.outer.rows]
-        optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")
+        weight = torch.exp(-above)
+        optimizer = torch.optim.LBFGS([velocity.height.rows], max_iter=iterations, line_search_fn="strong_wolfe")
+        with torch.no_grad():
+            missing = label - velocity.energy(t, x, energy)
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            prior = velocity.envelope(t) * 0.5 * (x / velocity.std).square().sum(-1)
-            value = velocity.share(t) * energy + prior + (1 - t) * velocity.network.outer(t)[0][:, 0]
-            loss = (weight * _huber(value - label)).mean()
+            height = (1 - t) * velocity.height(t)[0][:, 0]
+            loss = (weight * _huber(height - missing)).mean()
             loss.backward()
             return loss
 
@@ -214,12 +215,18 @@ def gradient_flow_of(step: Step) -> GradientFlowVelocity:
     return step.flow.velocity
 
 
-def noised_box(velocity: GradientFlowVelocity, t: Tensor, box: float, generator: torch.Generator) -> Tensor:
-    """Points of the box after noise, ``(n, dimension)``, at times ``(n,)``."""
+def _uniform(velocity: GradientFlowVelocity, *shape: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(*shape, generator=generator, dtype=velocity.log_width.dtype)
+
+
+def noised_box(
+    velocity: GradientFlowVelocity, t: Tensor, box: float, generator: torch.Generator, widened: float = 1.0
+) -> Tensor:
+    """Points of the box after noise, ``(n, dimension)``, at times ``(n,)``; the noise may be ``widened``."""
     kept = torch.exp(-velocity.noise_time(t)[0]).detach()[:, None]
-    inside = box * (2 * torch.rand(len(t), velocity.dimension, generator=generator) - 1)
-    noise = velocity.std * torch.randn(len(t), velocity.dimension, generator=generator)
-    return kept * inside + torch.sqrt(1 - kept.square()) * noise
+    inside = box * (2 * _uniform(velocity, len(t), velocity.dimension, generator=generator) - 1)
+    noise = velocity.std * torch.randn(len(t), velocity.dimension, generator=generator, dtype=inside.dtype)
+    return kept * inside + widened * torch.sqrt(1 - kept.square()) * noise
 
 
 def _average_energy(t: Tensor, value: Tensor, bins: int = 16) -> Tensor:
