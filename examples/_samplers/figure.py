@@ -13,7 +13,7 @@ import numpy as np
 
 
 def draw(panels: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
-    """Scatter or histogram panels above, one bar per row below; written as SVG and PNG.
+    """Scatter or histogram panels above, one line per experiment below; written as SVG and PNG.
 
     Parameters
     ----------
@@ -26,8 +26,11 @@ def draw(panels: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -
     """
     columns = max(1, min(4, len(panels)))
     lines = -(-len(panels) // columns)
-    figure = plt.figure(figsize=(max(7.0, 3.2 * columns), 3.0 * lines + 0.34 * len(rows) + 1.4), layout="constrained")
-    grid = figure.add_gridspec(lines + 1, columns, height_ratios=[3.0] * lines + [0.34 * len(rows) + 1.0])
+    # seeds share a line
+    names = list(dict.fromkeys(f"{row['target']}, {row['scheme']}" for row in rows))
+    below = max(2.0, 0.3 * len(names) + 1.0)
+    figure = plt.figure(figsize=(max(7.0, 3.2 * columns), 3.0 * lines + below + 0.4), layout="constrained")
+    grid = figure.add_gridspec(lines + 1, columns, height_ratios=[3.0] * lines + [below])
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(grid[number // columns, number % columns])
         exact, samples = panel["exact"], panel["samples"]
@@ -43,22 +46,21 @@ def draw(panels: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -
         axes.set_title(panel["title"], fontsize=9)
         axes.tick_params(labelsize=7)
         if number == 0:
-            axes.legend(fontsize=7, markerscale=3, loc="upper right")
+            axes.legend(fontsize=7, markerscale=3, loc="upper left")
     axes = figure.add_subplot(grid[lines, :])
-    place = np.arange(len(rows))[::-1]
+    place = {name: len(names) - 1 - k for k, name in enumerate(names)}
     marks = (
         ("ess", "o", "flow, own draws"),
         ("forward_ess", "x", "flow, exact draws"),
         ("annealed_ess", "^", "annealed"),
     )
     for name, marker, title in marks:
-        values = [row.get(name) for row in rows]
-        known = [k for k, value in enumerate(values) if value is not None]
+        known = [(row[name], place[f"{row['target']}, {row['scheme']}"]) for row in rows if row.get(name) is not None]
         if known:
-            axes.plot([values[k] for k in known], place[known], marker, markersize=5, label=title)
-    axes.set_yticks(place, [f"{row['target']}, {row['scheme']}" for row in rows], fontsize=7)
+            axes.plot(*zip(*known, strict=True), marker, markersize=5, label=title)
+    axes.set_yticks(list(place.values()), names, fontsize=7)
     axes.set_xlim(-0.02, 1.03)
-    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_ylim(-0.7, len(names) - 0.3)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_xlabel("effective share of samples")
     axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
