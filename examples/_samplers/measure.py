@@ -34,7 +34,11 @@ def train(
     """A trained generator, and what it cost."""
     generator = bg.BoltzmannGenerator(target, flow, defensive=0.0)
     settings = Settings(
-        batch_size=batch, learning_rate=rate, validate_every=max(1, steps // 4), validation_size=1024, average=0.995
+        batch_size=batch,
+        learning_rate=rate,
+        validate_every=max(1, steps // 4),
+        validation_size=min(1024, batch),
+        average=0.995,
     )
     started = time.perf_counter()
     result = generator.fit(
