@@ -75,7 +75,8 @@ def noised_energy(
 class NoisedMesh:
     """The noised target by sums over a regular mesh: the kernel of the noise is a product, one factor per dimension.
 
-    For smooth integrands that die out before the boundary such sums converge faster than any power of the spacing.
+    For smooth integrands that die out before the boundary such sums converge faster than any power of the spacing
+    (Trefethen & Weideman, SIAM Review 56, 385, 2014). Made by :meth:`of`; called like :func:`noised_energy`.
 
     Attributes
     ----------
@@ -96,7 +97,30 @@ class NoisedMesh:
     def of(
         cls, velocity: GradientFlowVelocity, energy: Callable[[Tensor], Tensor], half: float, points: int
     ) -> NoisedMesh:
-        """Evaluate the target on a mesh of about ``points`` in [-half, half]^d."""
+        """Evaluate the target on a mesh of about ``points`` in [-half, half]^d.
+
+        Parameters
+        ----------
+        velocity : GradientFlowVelocity
+            For its dimension, its noise and its precision.
+        energy : callable
+            Reduced energies ``(n,)`` of points ``(n, dimension)``.
+        half : float
+            Half the edge of the mesh, in the unit of the points; the target has to die out inside.
+        points : int
+            In all: their d-th root along every dimension, at least 8.
+
+        Examples
+        --------
+        >>> import openmm_bg as bg
+        >>> from openmm_bg.flows import PerceptronEnergy
+        >>> target = bg.systems.load("gmm4")
+        >>> velocity = GradientFlowVelocity(target, PerceptronEnergy(2, 8), std=5.0)
+        >>> mesh = NoisedMesh.of(velocity, target, 16.0, 200**2)
+        >>> value, gradient = mesh(velocity, torch.full((3,), 0.5), torch.zeros(3, 2))
+        >>> value.shape, gradient.shape
+        (torch.Size([3]), torch.Size([3, 2]))
+        """
         dimension = velocity.dimension
         edge = max(8, round(points ** (1 / dimension)))
         axis = torch.linspace(-half, half, edge, dtype=torch.float64)
@@ -112,7 +136,13 @@ class NoisedMesh:
         return self._spread(velocity, t)[1] > 1.5 * float(self.axis[1] - self.axis[0])
 
     def check(self, velocity: GradientFlowVelocity, allowed: float = 0.02) -> None:
-        """Refuse a mesh that misses structure: every second point has to give the same noised energies."""
+        """Refuse a mesh that misses structure: every second point has to give the same noised energies.
+
+        Raises
+        ------
+        InputError
+            If they differ by more than ``allowed`` kT at the heaviest points.
+        """
         coarse = NoisedMesh(self.axis[::2], self.density[(slice(None, None, 2),) * self.density.ndim], self.lowest)
         t = torch.linspace(0, 1, 65, dtype=torch.float64)
         t = t[coarse.resolves(velocity, t)][-1:].repeat(256)

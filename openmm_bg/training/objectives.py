@@ -253,7 +253,12 @@ class LogVariance:
         Share of points that the flow draws; the others are data. With 1 it needs no data, and forgets modes as reverse
         Kullback-Leibler does.
     delta : float
-        Deviations from the median beyond this (kT) count linearly: one hole of the flow may not rule a step.
+        Deviations from the mean beyond this (kT) count linearly: one hole of the flow may not rule a step.
+
+    Raises
+    ------
+    InputError
+        If ``own`` is not between 0 and 1 or ``delta`` is not positive.
 
     References
     ----------
