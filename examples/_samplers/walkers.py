@@ -54,9 +54,10 @@ class FromWalkers(Experiment):
         z = log_normalizer(samples.log_weights)
         chosen = resample(samples.log_weights, self.walkers, np.random.default_rng(seed))
         return samples.positions[chosen], {
-            "annealed_n": self.walkers,
-            "annealed_ess": effective_sample_size(samples.log_weights).fraction,
-            "annealed_log_z_error": z.value - target.log_z,
+            # not the columns of walkers on top of a trained field: these were resampled, and their ESS says little
+            "walkers": self.walkers,
+            "walker_ess": effective_sample_size(samples.log_weights).fraction,
+            "walker_log_z_error": z.value - target.log_z,
             # without a velocity only the start and the moves ask for energies (those that tune the moves aside)
             "walker_evaluations": self.walkers * (1 + self.temperatures * self.moves),
             "seconds_walkers": round(time.perf_counter() - started, 1),
