@@ -85,11 +85,14 @@ class NoisedMesh:
     density : Tensor, (m, ..., m)
         exp(lowest - f_D) times the volume of a cell, at all combinations of them.
     lowest : float
+    coarser : NoisedMesh, optional
+        What is used where it resolves the noise; made by :meth:`coarsen`.
     """
 
     axis: Tensor
     density: Tensor
     lowest: float
+    coarser: NoisedMesh | None = None
     #: the number of dimensions up to which a mesh is worth its points
     most: ClassVar[int] = 3
 
@@ -143,19 +146,35 @@ class NoisedMesh:
         InputError
             If they differ by more than ``allowed`` kT at the heaviest points.
         """
-        coarse = NoisedMesh(self.axis[::2], self.density[(slice(None, None, 2),) * self.density.ndim], self.lowest)
-        t = torch.linspace(0, 1, 65, dtype=torch.float64)
-        t = t[coarse.resolves(velocity, t)][-1:].repeat(256)
-        heavy = self.density.flatten().topk(min(256, self.density.numel())).indices
-        index = torch.stack(torch.unravel_index(heavy, self.density.shape), -1)
-        x = self.axis[index] * torch.exp(-self._spread(velocity, t)[0])[:, None]
-        fine, rough = self(velocity, t[: len(x)], x)[0], coarse(velocity, t[: len(x)], x)[0]
-        off = float((fine - rough + self.density.ndim * math.log(2)).abs().max())
+        off = self._difference(velocity, self._half())
         if not off < allowed:
             raise InputError(
                 f"A mesh of {self.density.numel():,} points is too coarse for this target (half of it in each "
                 f"dimension is {off:.2g} kT off); raise mesh, or set mesh=0 to draw points instead."
             )
+
+    def coarsen(self, velocity: GradientFlowVelocity, allowed: float = 1e-5) -> None:
+        """Use every second point, every fourth, ... where the noise is wide enough for them, and they agree."""
+        half = self._half()
+        if len(half.axis) >= 8 and self._difference(velocity, half) < allowed:
+            half.coarsen(velocity, allowed)
+            self.coarser = half
+
+    def _half(self) -> NoisedMesh:
+        every_second = (slice(None, None, 2),) * self.density.ndim
+        return NoisedMesh(self.axis[::2], self.density[every_second] * 2**self.density.ndim, self.lowest)
+
+    def _difference(self, velocity: GradientFlowVelocity, coarse: NoisedMesh) -> float:
+        """The largest disagreement at the heaviest points, after the least noise that the coarse one resolves."""
+        t = torch.linspace(0, 1, 65, dtype=torch.float64)
+        t = t[coarse.resolves(velocity, t)][-1:].repeat(256)
+        heavy = self.density.flatten().topk(min(256, self.density.numel())).indices
+        index = torch.stack(torch.unravel_index(heavy, self.density.shape), -1)
+        t = t[: len(index)]
+        x = self.axis[index[: len(t)]] * torch.exp(-self._spread(velocity, t)[0])[:, None]
+        if not len(t):
+            return math.inf
+        return float((self(velocity, t, x)[0] - coarse(velocity, t, x)[0]).abs().max())
 
     def _spread(self, velocity: GradientFlowVelocity, t: Tensor) -> tuple[Tensor, Tensor]:
         theta = velocity.noise_time(t.double())[0]
@@ -164,6 +183,15 @@ class NoisedMesh:
     @torch.no_grad()
     def __call__(self, velocity: GradientFlowVelocity, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """As :func:`noised_energy`, in float64; infinite where the density is below what float64 holds."""
+        if self.coarser is None:
+            return self._evaluate(velocity, t, x)
+        value, gradient = t.new_empty(len(t), dtype=torch.float64), torch.empty_like(x, dtype=torch.float64)
+        coarse = self.coarser.resolves(velocity, t)
+        value[coarse], gradient[coarse] = self.coarser(velocity, t[coarse], x[coarse])
+        value[~coarse], gradient[~coarse] = self._evaluate(velocity, t[~coarse], x[~coarse])
+        return value, gradient
+
+    def _evaluate(self, velocity: GradientFlowVelocity, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         values, gradients = [], []
         for time, place in zip(t.split(_CHUNK // 4), x.double().split(_CHUNK // 4), strict=True):
             theta, spread = self._spread(velocity, time)

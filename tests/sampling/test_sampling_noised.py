@@ -66,6 +66,23 @@ def test_mesh_check_accepts_and_refuses():
         NoisedMesh.of(velocity_of(thin), thin, 12.0, 50**2).check(velocity_of(thin))
 
 
+def test_a_coarser_mesh_serves_where_it_is_as_good():
+    target = mixture(2)
+    velocity = velocity_of(target)
+    fine, mixed = (NoisedMesh.of(velocity, target, 12.0, 240**2) for _ in range(2))
+    mixed.coarsen(velocity)
+    assert len(mixed.coarser.axis) == 120
+    for t in (0.05, 0.5, 0.9):
+        x, _, _ = exact(target, velocity, t, 50)
+        times = torch.full((50,), t, dtype=torch.float64)
+        for one, other in zip(mixed(velocity, times, x), fine(velocity, times, x), strict=True):
+            assert (one - other).abs().max() < 1e-4
+    thin = GaussianMixture([[0.03, 0.01], [2.0, 1.0]], 0.1)
+    mesh = NoisedMesh.of(velocity_of(thin), thin, 12.0, 240**2)
+    mesh.coarsen(velocity_of(thin))
+    assert mesh.coarser is None
+
+
 def test_draws_give_noised_mixtures():
     target = mixture(2)
     velocity = velocity_of(target)
