@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,9 +83,15 @@ class NoisedEnergy:
         Points with labels, and energies of the target in each label that the mesh does not give.
     mesh : int
         Points of the mesh in all; 0 does without.
+    height : float
+        Weight of f itself, beside one for its gradient. An error of f that is the same all along a trajectory changes
+        the weights of modes and is seen neither by gradient nor residual.
     residual : float
         Weight of the residual of :class:`GradientFlowResidual`, at the same points: it holds neighbours in time
         together, which labels with noise of their own cannot.
+    late : float
+        Times of the points are uniform numbers to this power; below 1 there are more of late ones, where structure is
+        fine.
 
     References
     ----------
@@ -95,7 +102,9 @@ class NoisedEnergy:
     points: int = 160_000
     draws: int = 256
     mesh: int = 2**18
+    height: float = 20.0
     residual: float = 4.0
+    late: float = 0.6
     softness: float = 0.05
     needs_data: bool = field(default=False, init=False)
     needs_energy: bool = field(default=True, init=False)
@@ -107,6 +116,12 @@ class NoisedEnergy:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+        for name in ("height", "residual"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name} must be a finite number of at least 0, not {value!r}.")
+        if not 0 < self.late < math.inf:
+            raise InputError(f"late must be a positive finite number, not {self.late!r}.")
 
     def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
         velocity = gradient_flow_of(step)
@@ -123,9 +138,10 @@ class NoisedEnergy:
         width = velocity.std * torch.sqrt(velocity.envelope(t) + velocity.shortest)[:, None]
         bent = width * (gradient - label_gradient)
         weight = 1 / (1 + self.softness * above)
-        loss = weight * (_huber(wrong) + _huber(bent).sum(-1))
+        loss = weight * (self.height * _huber(wrong) + _huber(bent).sum(-1))
         if self.residual > 0:
-            loss = loss + self.residual * _huber(weight.square() * residual)
+            # large residuals are few, at the creases between modes, but most of the variance of the weights
+            loss = loss + self.residual * _huber(weight.square() * residual, beyond=10.0)
         near = above < 5
         return loss.mean(), {
             "error": float(wrong.detach()[near].std()),
@@ -141,24 +157,22 @@ class NoisedEnergy:
         if self.mesh and velocity.dimension <= NoisedMesh.most:
             mesh = NoisedMesh.of(velocity, lambda y: evaluate(y)[0], 1.25 * self.box, self.mesh)
             mesh.check(velocity)
+            mesh.coarsen(velocity)
 
-        def labels(t: Tensor, x: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-            value, gradient = torch.empty_like(t), torch.empty_like(x)
-            known = mesh.resolves(velocity, t) if mesh else torch.zeros_like(t, dtype=torch.bool)
-            if mesh:
-                value[known], gradient[known] = (part.to(x.dtype) for part in mesh(velocity, t[known], x[known]))
-            rest = ~known
-            value[rest], gradient[rest] = noised_energy(velocity, evaluate, t[rest], x[rest], draws, random)
-            return value, gradient
-
-        t = _uniform(velocity, 4 * self.points, generator=random)
+        t = _uniform(velocity, 4 * self.points, generator=random) ** self.late
         # wider than the density: what starts in the tails has far to go, and too few points there lose it on the way
         x = noised_box(velocity, t, 1.2 * self.box, random, widened=1.5)
-        rough, _ = labels(t, x, max(16, self.draws // 16))
-        above = (rough - _average_energy(t, rough)).clamp(min=0)
+        value, gradient = torch.empty_like(t), torch.empty_like(x)
+        known = mesh.resolves(velocity, t) if mesh else torch.zeros_like(t, dtype=torch.bool)
+        if mesh:
+            value[known], gradient[known] = (part.to(x.dtype) for part in mesh(velocity, t[known], x[known]))
+        # a first look with few draws, to choose the points
+        few = max(16, self.draws // 16)
+        value[~known], gradient[~known] = noised_energy(velocity, evaluate, t[~known], x[~known], few, random)
+        above = (value - _average_energy(t, value)).clamp(min=0)
         chosen = torch.multinomial(torch.exp(-0.3 * above) + 1e-3, self.points, generator=random)
-        t, x, above = t[chosen], x[chosen], above[chosen]
-        value, gradient = labels(t, x, self.draws)
+        t, x, above, value, gradient, known = (part[chosen] for part in (t, x, above, value, gradient, known))
+        value[~known], gradient[~known] = noised_energy(velocity, evaluate, t[~known], x[~known], self.draws, random)
         energy, force, curve = (
             torch.cat(part) for part in zip(*(laplacian(step.target.energy, p) for p in x.split(_CHUNK)), strict=True)
         )
@@ -204,8 +218,9 @@ def _residual(
     return continuity_residual(PathPoint(value, gradient, rate), v, divergence), value, gradient
 
 
-def _huber(x: Tensor) -> Tensor:
-    return huber_loss(x, torch.zeros_like(x), reduction="none")
+def _huber(x: Tensor, beyond: float = 1.0) -> Tensor:
+    """Half of the square up to ``beyond``, linear from there."""
+    return huber_loss(x, torch.zeros_like(x), reduction="none", delta=beyond)
 
 
 def gradient_flow_of(step: Step) -> GradientFlowVelocity:

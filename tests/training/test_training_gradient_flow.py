@@ -67,6 +67,15 @@ def test_f_starts_at_the_right_height():
         assert wrong.mean().abs() < 0.7
 
 
+def test_late_times_may_have_more_points():
+    times = []
+    for late in (1.0, 0.4):
+        objective = NoisedEnergy(5.0, points=2000, mesh=60**2, late=late)
+        objective(step_of(generator_of(mixture())))
+        times.append(objective.tensors["t"])
+    assert (times[1] > 0.8).double().mean() > 1.3 * (times[0] > 0.8).double().mean()
+
+
 def test_a_small_mixture_is_learned():
     generator = generator_of(mixture())
     settings = Settings(batch_size=256, learning_rate=1e-2, average=0.98)
@@ -101,3 +110,11 @@ def test_errors():
     for wrong in ({"points": 0}, {"draws": 0}, {"mesh": -1}, {"mesh": 1.5}):
         with pytest.raises(InputError, match="whole number"):
             NoisedEnergy(5.0, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("height", -1.0), ("residual", math.inf), ("late", 0.0), ("late", math.nan), ("points", 0)]
+)
+def test_settings_out_of_range(name, value):
+    with pytest.raises(InputError, match=name):
+        NoisedEnergy(5.0, **{name: value})
