@@ -11,7 +11,7 @@ from torch import Tensor
 from openmm_bg.errors import InputError
 from openmm_bg.flows import ContinuousFlow
 from openmm_bg.sampling.annealing import StepSizes, anneal, systematic
-from openmm_bg.sampling.interpolation import Interpolation, continuity_residual
+from openmm_bg.sampling.interpolation import Interpolation, PathPoint, continuity_residual
 from openmm_bg.training.objectives import Step
 
 
@@ -49,6 +49,11 @@ class ContinuityResidual:
         Share of the run after which the whole path is open; 0 opens it at once.
     explore : float
         Share of each group that is drawn from all walkers of its time rather than by their weights.
+    hot : float
+        Temperature, over that of the target, of the walkers of every second sweep. The residual vanishes everywhere
+        where it vanishes at all, so its points may lie anywhere; those of hot walkers hold the field in the tails,
+        where a flow that brings too little density makes the largest weights. Below 2, or the first weights of the
+        walkers, which start from the base as it is, have no variance.
     """
 
     rate: float = 0.0
@@ -60,6 +65,7 @@ class ContinuityResidual:
     groups: int = 16
     curriculum: float = 0.2
     explore: float = 0.0
+    hot: float = 1.0
     resample_below: float = 0.3
     needs_data: bool = field(default=False, init=False)
     needs_energy: bool = field(default=True, init=False)
@@ -71,6 +77,8 @@ class ContinuityResidual:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+        if not 1 <= self.hot < 2:
+            raise InputError(f"hot must be at least 1 and below 2, not {self.hot!r}.")
 
     def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
         if not isinstance(step.flow, ContinuousFlow):
@@ -86,6 +94,7 @@ class ContinuityResidual:
 
     def _sweep(self, path: Interpolation, step: Step) -> dict[str, float]:
         """Send new walkers down the path and remember what they saw, drawn by their weights."""
+        self.state["sweeps"] = int(self.state.get("sweeps", -1)) + 1
         opened = 1.0
         if self.curriculum > 0:
             opened = min(1.0, 0.1 + 0.9 * step.progress / self.curriculum)
@@ -95,8 +104,9 @@ class ContinuityResidual:
         sizes = StepSizes(self.tensors["sizes"].clone()) if "sizes" in self.tensors else StepSizes()
         kept: list[tuple[Tensor, ...]] = []
         effective = []
+        warm = self.hot != 1 and int(self.state["sweeps"]) % 2 == 1
         for walkers in anneal(
-            path, step.target.value_and_gradient, times, self.walkers, step.generator,
+            _Hot(path, self.hot) if warm else path, step.target.value_and_gradient, times, self.walkers, step.generator,
             moves=self.moves, sizes=sizes, resample_below=self.resample_below,
         ):  # fmt: skip
             share, log_weights = self._tempered(walkers.log_weights)
@@ -156,3 +166,14 @@ class ContinuityResidual:
         residual = torch.where(usable, residual - centre, 0.0)
         loss = 0.5 * (residual.abs() + residual.square()).mean()
         return loss, {"residual": float(residual.detach().square().mean().sqrt())}
+
+
+class _Hot:
+    """A path whose energies are divided by a temperature."""
+
+    def __init__(self, path: Interpolation, temperature: float):
+        self.path, self.flow, self.temperature = path, path.flow, temperature
+
+    def __call__(self, t: Tensor, x: Tensor, energy: Tensor, gradient: Tensor) -> PathPoint:
+        point = self.path(t, x, energy, gradient)
+        return PathPoint(*(part / self.temperature for part in (point.value, point.gradient, point.rate)))

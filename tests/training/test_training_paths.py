@@ -228,6 +228,22 @@ def test_lengths_of_moves_are_learned_over_the_sweeps():
     assert start["moves"] > 0.95 and 0.3 < numbers["moves"] < 0.9
 
 
+def test_every_second_sweep_is_hot():
+    objective = ContinuityResidual(walkers=3000, times=8, moves=4, refresh=1, memory=2, curriculum=0.0, hot=1.5)
+    step = step_of(flow_of(Exactly(2, 0.8)), Gaussian(2, 0.8))
+    for _ in range(2):
+        objective(step)
+    # the last time is that of the target, whose variance is 0.64
+    cold, warm = objective.tensors["x"][:, -1].var(1).mean(-1).tolist()
+    assert cold == pytest.approx(0.64, rel=0.08)
+    assert warm == pytest.approx(1.5 * 0.64, rel=0.08)
+    # the exact field leaves no residual where the walkers are hot either
+    assert float(objective(step)[0].detach()) < 1e-6
+    for hot in (0.5, 2.0, math.nan):
+        with pytest.raises(InputError, match="hot"):
+            ContinuityResidual(hot=hot)
+
+
 def test_flattened_weights_keep_their_order_and_leave_good_ones_alone():
     even = torch.randn(100, generator=torch.Generator().manual_seed(0)) * 0.1
     share, same = ContinuityResidual._tempered(even)
