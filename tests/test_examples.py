@@ -131,6 +131,8 @@ def test_chemseddine_compares_three_paths(tmp_path):
     rows = rows_of(tmp_path / "paths" / "chemseddine.jsonl")
     assert [row["scheme"] for row in rows if row["target"] == "gmm40"] == ["gradient flow", "learned", "linear"]
     assert all(row["modes"] == 40 for row in rows if row["target"] == "gmm40")
+    run(tmp_path, "chemseddine.py", "--short", "--only", "gmm40", "--scheme", "linear", "--output", "one")
+    assert [row["scheme"] for row in rows_of(tmp_path / "one" / "chemseddine.jsonl")] == ["linear"]
 
 
 def test_moser_map(tmp_path):

@@ -30,6 +30,7 @@ class Experiment:
     std: float = 1.0
     hidden: int = 256
     schedule: float = 0.0
+    hot: float = 1.0
     first: str = "silu"
     bandwidth: float = 1.0
     odd: bool = False
@@ -68,7 +69,7 @@ class Experiment:
         flow = ContinuousFlow(base, velocity, perturbation=perturbation, steps=self.solver_steps)
         if self.scheme == "reverse KL":
             return target, flow, ReversePath(power=0.0)
-        return target, flow, ContinuityResidual(rate=self.schedule, moves=2, refresh=100)
+        return target, flow, ContinuityResidual(rate=self.schedule, moves=2, refresh=100, hot=self.hot)
 
 
 def _plane(target: str, scheme: str, steps: int, std: float, **settings: Any) -> Experiment:
@@ -79,7 +80,7 @@ def _plane(target: str, scheme: str, steps: int, std: float, **settings: Any) ->
 
 PAIR = {"separation": 4.0, "weight": 0.7}
 
-LATTICE = {"hidden": 12, "schedule": 2.0, "odd": True, "circulant": True}
+LATTICE = {"hidden": 12, "schedule": 2.0, "hot": 1.5, "odd": True, "circulant": True}
 
 MATE_FLEURET = {
     "pair": [
@@ -113,7 +114,7 @@ MATE_FLEURET = {
 
 CHEMSEDDINE = {
     "gmm40": [
-        _plane("gmm40", "gradient flow", 6000, 24.0, hidden=384, bandwidth=15.0, box=45.0, batch=512, rate=6e-3),
+        _plane("gmm40", "gradient flow", 9000, 24.0, hidden=384, bandwidth=15.0, box=45.0, batch=512, rate=6e-3),
         _plane("gmm40", "learned", 4000, 24.0, bandwidth=0.7),
         _plane("gmm40", "linear", 4000, 24.0, bandwidth=0.7),
     ],

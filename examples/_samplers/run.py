@@ -24,6 +24,8 @@ def parser_of(description: str, groups: dict[str, list[Experiment]]) -> argparse
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a minute, to see that it works: nothing is trained well")
     parser.add_argument("--only", choices=sorted(groups), action="append", help="some of the groups of experiments")
+    schemes = sorted({experiment.scheme for group in groups.values() for experiment in group})
+    parser.add_argument("--scheme", choices=schemes, action="append", help="some of the schemes")
     parser.add_argument("--seed", type=int, action="append", help="may be given again; default 1, 2, 3")
     parser.add_argument("--samples", type=int, default=100_000, help="draws that judge a flow")
     parser.add_argument("--threads", type=int, default=1)
@@ -44,6 +46,8 @@ def run(groups: dict[str, list[Experiment]], options: argparse.Namespace, name: 
         first = groups[group][0].name
         for experiment in groups[group]:
             if options.short and experiment.name != first:
+                continue
+            if options.scheme and experiment.scheme not in options.scheme:
                 continue
             for seed in seeds:
                 key = {"target": experiment.name, "scheme": experiment.scheme_name, "seed": seed}
