@@ -114,7 +114,7 @@ MATE_FLEURET = {
 
 CHEMSEDDINE = {
     "gmm40": [
-        _plane("gmm40", "gradient flow", 9000, 24.0, hidden=384, bandwidth=15.0, box=45.0, batch=512, rate=6e-3),
+        _plane("gmm40", "gradient flow", 14_000, 24.0, hidden=384, bandwidth=15.0, box=45.0, batch=512, rate=6e-3),
         _plane("gmm40", "learned", 4000, 24.0, bandwidth=0.7),
         _plane("gmm40", "linear", 4000, 24.0, bandwidth=0.7),
     ],

@@ -76,6 +76,15 @@ def test_late_times_may_have_more_points():
     assert (times[1] > 0.8).double().mean() > 1.3 * (times[0] > 0.8).double().mean()
 
 
+def test_height_weighs_f_itself():
+    losses = []
+    for height in (0.0, 1.0, 2.0):
+        objective = NoisedEnergy(5.0, points=500, mesh=60**2, height=height)
+        losses.append(float(objective(step_of(generator_of(mixture())))[0].detach()))
+    assert losses[1] > losses[0] + 1e-3
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+
+
 def test_a_small_mixture_is_learned():
     generator = generator_of(mixture())
     settings = Settings(batch_size=256, learning_rate=1e-2, average=0.98)
