@@ -1,7 +1,7 @@
 """Linear, learned and gradient-flow paths to forty Gaussians: the comparison of Chemseddine et al.
 
     python examples/chemseddine.py --short --output paths                     a minute
-    python examples/chemseddine.py --output paths                             three seeds: two hours on one core
+    python examples/chemseddine.py --output paths                             three seeds: three hours on one core
     python examples/chemseddine.py --only gmm40 --seed 1 --output paths
 
 The gradient flow follows the target as noise turns it into the prior: its velocity has a fixed form and only an energy
