@@ -30,6 +30,7 @@ def plain(alanine):
 
 def test_the_same_molecule_matches(plain, alanine):
     with warnings.catch_warnings():
+        # the same molecule must pass in silence: a warning here fails the test
         warnings.simplefilter("error")
         assert plain.matches(alanine.topology, alanine.system)
         plain.check_simulation(alanine.topology, alanine.system)
@@ -42,6 +43,7 @@ def test_another_system_of_the_molecule_warns_once(plain, alanine):
         plain.check_simulation(alanine.topology, other)
     assert len(caught) == 1
     with warnings.catch_warnings():
+        # asking is not using: only check_simulation warns, so a warning here fails the test
         warnings.simplefilter("error")
         assert plain.matches(alanine.topology, other)
 
