@@ -50,10 +50,10 @@ class ContinuityResidual:
     explore : float
         Share of each group that is drawn from all walkers of its time rather than by their weights.
     hot : float
-        Temperature, over that of the target, of the walkers of every second sweep. The residual vanishes everywhere
-        where it vanishes at all, so its points may lie anywhere; those of hot walkers hold the field in the tails,
-        where a flow that brings too little density makes the largest weights. Below 2, or the first weights of the
-        walkers, which start from the base as it is, have no variance.
+        Temperature, over that of the target, of the walkers of every second sweep. The residual of the exact field
+        vanishes everywhere, so its points may lie anywhere; those of hot walkers hold the field in the tails, where a
+        flow that brings too little density makes the largest weights. Below 2, or the first weights of the walkers,
+        which start from the base as it is, have no variance.
     """
 
     rate: float = 0.0
@@ -94,7 +94,6 @@ class ContinuityResidual:
 
     def _sweep(self, path: Interpolation, step: Step) -> dict[str, float]:
         """Send new walkers down the path and remember what they saw, drawn by their weights."""
-        self.state["sweeps"] = int(self.state.get("sweeps", -1)) + 1
         opened = 1.0
         if self.curriculum > 0:
             opened = min(1.0, 0.1 + 0.9 * step.progress / self.curriculum)
@@ -104,7 +103,7 @@ class ContinuityResidual:
         sizes = StepSizes(self.tensors["sizes"].clone()) if "sizes" in self.tensors else StepSizes()
         kept: list[tuple[Tensor, ...]] = []
         effective = []
-        warm = self.hot != 1 and int(self.state["sweeps"]) % 2 == 1
+        warm = self.hot != 1 and int(self.state.get("calls", 0)) // self.refresh % 2 == 1
         for walkers in anneal(
             _Hot(path, self.hot) if warm else path, step.target.value_and_gradient, times, self.walkers, step.generator,
             moves=self.moves, sizes=sizes, resample_below=self.resample_below,
