@@ -14,6 +14,7 @@ Jarzynski, Phys. Rev. E 56, 5018 (1997); Neal, Stat. Comput. 11, 125 (2001); Vai
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -31,6 +32,9 @@ Path = Interpolation | GradientFlowPath
 ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _KNOTS = 65
+# where nothing is refused (angles without a force) lengths would grow for ever
+_LONGEST = math.log(1e4)
+_NORMAL = statistics.NormalDist()
 
 
 @dataclass
@@ -62,7 +66,11 @@ class Walkers:
 
 @dataclass
 class StepSizes:
-    """Lengths of Langevin moves along the path, tuned to accept 60 percent; fixed where not ``adapting``."""
+    """Lengths of Langevin moves along the path, tuned to accept 60 percent; fixed where not ``adapting``.
+
+    A Langevin move of size s is accepted with probability 2 Phi(-c s^(3/2)), c the roughness of the place (Roberts &
+    Rosenthal, J. R. Stat. Soc. B 60, 255 (1998)): an observed acceptance gives c, and c the size to accept 60 percent.
+    """
 
     log_size: Tensor = field(default_factory=lambda: torch.full((_KNOTS,), math.log(1e-2), dtype=torch.float64))
     adapting: bool = True
@@ -72,11 +80,16 @@ class StepSizes:
 
     def learn(self, t: float, acceptance: float) -> None:
         if self.adapting:
+            # far off, the law holds poorly
+            seen = min(max(acceptance, 0.01), 0.99)
+            change = 2 / 3 * math.log(_NORMAL.inv_cdf(0.3) / _NORMAL.inv_cdf(0.5 * seen))
+            change = min(max(change, -1.0), 1.0)
             knot = self._knot(t)
-            # neighbours follow, for times that are seldom visited
-            for other, share in ((knot, 1.0), (knot - 1, 0.5), (knot + 1, 0.5)):
-                if 0 <= other < _KNOTS:
-                    self.log_size[other] += 0.5 * share * (acceptance - 0.6)
+            # a sweep comes to later times next, and starts there with what it has learned here
+            share = 0.9 ** (torch.arange(_KNOTS, dtype=torch.float64) - knot)
+            share[:knot] = 0.0
+            share[max(0, knot - 1) : knot] = 0.5
+            self.log_size = (self.log_size + share * change).clamp(max=_LONGEST)
 
     def _knot(self, t: float) -> int:
         return min(_KNOTS - 1, max(0, round(t * (_KNOTS - 1))))
@@ -91,6 +104,7 @@ def anneal(
     generator: torch.Generator,
     *,
     moves: int = 1,
+    leapfrog: int = 1,
     sizes: StepSizes,
     transport: bool = True,
     substeps: int = 1,
@@ -102,13 +116,15 @@ def anneal(
     ----------
     path : Interpolation or GradientFlowPath
     target : callable
-        Energies and gradients of the target, ``(n,)`` and ``(n, dimension)``; one call per time and move.
+        Energies and gradients of the target, ``(n,)`` and ``(n, dimension)``; one call per time and leapfrog step.
     times : Tensor, (k,)
         Rising, the first above 0.
     n : int
     generator : torch.Generator
     moves : int
-        Langevin moves at each time.
+        Moves at each time.
+    leapfrog : int
+        Steps of a move: one makes it a Langevin move; many go farther for their energies, in straighter lines.
     sizes : StepSizes
     transport : bool
         Whether the velocity field moves the walkers; without it this is annealed importance sampling.
@@ -144,14 +160,14 @@ def anneal(
             log_weights = torch.zeros_like(log_weights)
         accepted = math.nan
         for _ in range(moves):
-            x, energy, gradient, point, accepted = _langevin(
-                path, target, t, x, energy, gradient, point, sizes(t), generator
+            x, energy, gradient, point, accepted = _move(
+                path, target, t, x, energy, gradient, point, sizes(t), leapfrog, generator
             )
             sizes.learn(t, accepted)
         yield Walkers(t, x, log_weights, log_z, energy, gradient, accepted)
 
 
-def _langevin(
+def _move(
     path: Path,
     target: ValueAndGradient,
     t: float,
@@ -160,23 +176,31 @@ def _langevin(
     gradient: Tensor,
     point: PathPoint,
     size: float,
+    leapfrog: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor, PathPoint, float]:
-    """One Metropolis-adjusted Langevin move of all walkers at time t."""
+    """One Hamiltonian move of all walkers at time t; of one leapfrog step it is a Langevin move."""
     base = path.flow.base
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     if hasattr(base, "centre"):
         # a base on the subspace of zero centroid: walkers must not leave it
         noise = base.centre(noise)
-    lifted = x - size * point.gradient + math.sqrt(2 * size) * noise
     circular = getattr(base, "circular", None)
     turning = circular is not None and bool(circular.any())
-    new = torch.where(circular, wrap(lifted), lifted) if turning else lifted
-    new_energy, new_gradient = target(new)
-    new_point = path(x.new_tensor(t), new, new_energy, new_gradient)
-    # the way back undoes the very turn that led here: of many images each has its own reverse
-    back = x - lifted + size * new_point.gradient
-    log_accept = point.value - new_point.value + 0.5 * noise.square().sum(-1) - back.square().sum(-1) / (4 * size)
+    length: float | Tensor = math.sqrt(2 * size)
+    if leapfrog > 1:
+        # lengths vary, or a vibration whose period divides the trajectory would never be left
+        length = length * (0.6 + 0.8 * torch.rand(len(x), 1, generator=generator, dtype=x.dtype))
+    new, new_energy, new_gradient, new_point, momentum = x, energy, gradient, point, noise
+    for _ in range(leapfrog):
+        half = momentum - 0.5 * length * new_point.gradient
+        # momenta do not turn with the angles, so the way back undoes the very turn that led here
+        lifted = new + length * half
+        new = torch.where(circular, wrap(lifted), lifted) if turning else lifted
+        new_energy, new_gradient = target(new)
+        new_point = path(x.new_tensor(t), new, new_energy, new_gradient)
+        momentum = half - 0.5 * length * new_point.gradient
+    log_accept = point.value - new_point.value + 0.5 * (noise.square() - momentum.square()).sum(-1)
     # without an energy a state is never entered
     log_accept = torch.nan_to_num(log_accept, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     take = torch.rand(len(x), generator=generator, dtype=x.dtype).log() < log_accept
@@ -210,6 +234,7 @@ def annealed_transport(
     *,
     steps: int = 50,
     moves: int = 1,
+    leapfrog: int = 1,
     rate: float = 0.0,
     transport: bool = True,
     substeps: int = 1,
@@ -229,7 +254,9 @@ def annealed_transport(
         With an energy and a :class:`ContinuousFlow`.
     n : int
     steps, moves : int
-        Times on the way, evenly spaced, and Langevin moves at each.
+        Times on the way, evenly spaced, and moves at each.
+    leapfrog : int
+        Leapfrog steps of a move; one makes it a Langevin move, see :func:`anneal`.
     rate : float
         Of the schedule it was trained with; see :class:`Interpolation`. A gradient flow has its own path and no rate.
     transport : bool
@@ -252,7 +279,14 @@ def annealed_transport(
     InputError
         If the generator has no energy or no continuous flow, or an argument is out of range.
     """
-    least = {"n": (n, 1), "steps": (steps, 1), "moves": (moves, 0), "substeps": (substeps, 1), "chunk": (chunk, 1)}
+    least = {
+        "n": (n, 1),
+        "steps": (steps, 1),
+        "moves": (moves, 0),
+        "leapfrog": (leapfrog, 1),
+        "substeps": (substeps, 1),
+        "chunk": (chunk, 1),
+    }
     if moves:
         least["tuning"] = (tuning, 2)
     for name, (value, bound) in least.items():
@@ -270,7 +304,7 @@ def annealed_transport(
     random = torch.Generator().manual_seed(seed)
     times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:]
     sizes = StepSizes()
-    settings = {"moves": moves, "transport": transport, "substeps": substeps, "sizes": sizes}
+    settings = {"moves": moves, "leapfrog": leapfrog, "transport": transport, "substeps": substeps, "sizes": sizes}
     if moves:
         for _ in range(2):
             for _ in anneal(path, target, times, tuning, random, **settings):

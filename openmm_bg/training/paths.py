@@ -37,8 +37,8 @@ class ContinuityResidual:
         Of the schedule; see :class:`Interpolation`.
     walkers, times : int
         Walkers of a sweep, and times at which they are looked at.
-    moves : int
-        Langevin moves at each time.
+    moves, leapfrog : int
+        Moves at each time, and leapfrog steps of a move: one makes it a Langevin move.
     refresh : int
         Steps between sweeps.
     memory : int
@@ -60,6 +60,7 @@ class ContinuityResidual:
     walkers: int = 512
     times: int = 64
     moves: int = 1
+    leapfrog: int = 1
     refresh: int = 50
     memory: int = 4
     groups: int = 16
@@ -73,7 +74,9 @@ class ContinuityResidual:
     tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("walkers", 2), ("times", 1), ("moves", 0), ("refresh", 1), ("memory", 1), ("groups", 1)):
+        for name, least in (
+            ("walkers", 2), ("times", 1), ("moves", 0), ("leapfrog", 1), ("refresh", 1), ("memory", 1), ("groups", 1),
+        ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
@@ -106,7 +109,7 @@ class ContinuityResidual:
         warm = self.hot != 1 and int(self.state.get("calls", 0)) // self.refresh % 2 == 1
         for walkers in anneal(
             _Hot(path, self.hot) if warm else path, step.target.value_and_gradient, times, self.walkers, step.generator,
-            moves=self.moves, sizes=sizes, resample_below=self.resample_below,
+            moves=self.moves, leapfrog=self.leapfrog, sizes=sizes, resample_below=self.resample_below,
         ):  # fmt: skip
             share, log_weights = self._tempered(walkers.log_weights)
             effective.append(share)

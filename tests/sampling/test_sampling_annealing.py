@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import iv
+from scipy.stats import norm
 
 import openmm_bg as bg
 from openmm_bg.energies import Energy
@@ -92,9 +93,18 @@ def generator_of(target: Energy, field: VelocityField | None = None, std: float 
     return bg.BoltzmannGenerator(target, ContinuousFlow(base, field, **options))
 
 
-def agrees(samples, log_z: float, observable, mean: float, *, at_least: float = 0.05) -> None:
-    """log Z and a moment within four standard errors, from weights that say something."""
+def agrees(samples, log_z: float, observable, mean: float, *, at_least: float = 0.05, chunk: int = 0) -> None:
+    """log Z and a moment within four standard errors, from weights that say something.
+
+    Walkers resampled in chunks depend on each other, and only the chunks say how far off they are.
+    """
     assert effective_sample_size(samples.log_weights).fraction > at_least
+    if chunk:
+        weights = (samples.log_weights - log_z).exp().view(-1, chunk)
+        for values, exact in ((weights, 1.0), (weights * (observable(samples.positions).view(-1, chunk) - mean), 0.0)):
+            error = values.mean(1).std() / math.sqrt(len(values))
+            assert error < 0.1 and abs(values.mean() - exact) < 4 * error
+        return
     estimate = log_normalizer(samples.log_weights)
     assert estimate.error < 0.1 and abs(estimate.value - log_z) < 4 * estimate.error
     moment = reweighted_mean(observable(samples.positions), samples.log_weights)
@@ -113,6 +123,8 @@ HOW = {
     "wrong field, resampled": {"field": True, "resample_below": 0.7},
     "wrong field, curved path": {"field": True, "psi": True},
     "rate": {"rate": 2.0, "transport": False},
+    "hamiltonian moves": {"leapfrog": 4, "transport": False},
+    "wrong field, hamiltonian moves, resampled": {"field": True, "leapfrog": 3, "resample_below": 0.7},
     "single steps of a coarse method, many of them": {"field": True, "method": "midpoint", "substeps": 4},
 }
 
@@ -132,12 +144,14 @@ def test_log_z_and_moments_are_exact_for_any_field(target, how):
     kept = {"method": options.pop("method", "rk4")}
     std = 1.0 if target is WELL else 2.0
     generator = generator_of(target, field, std, perturbation=psi, **kept)
-    samples = annealed_transport(generator, 3000, steps=40, seed=3, **options)
+    chunk = 100 if "resample_below" in options else 0
+    samples = annealed_transport(generator, 3000, steps=40, seed=3, chunk=chunk or 3000, **options)
+    asked = {"at_least": at_least, "chunk": chunk}
     if target is WELL:  # the second dimension is a normal of variance 1 / beta
-        agrees(samples, target.log_z, lambda x: x[:, 1].square(), 1 / 3, at_least=at_least)
+        agrees(samples, target.log_z, lambda x: x[:, 1].square(), 1 / 3, **asked)
     else:
-        agrees(samples, 0.0, lambda x: (x[:, 0] > 0).double(), share_right(), at_least=at_least)
-        agrees(samples, 0.0, lambda x: x[:, 0], 0.4 * 2.5, at_least=at_least)
+        agrees(samples, 0.0, lambda x: (x[:, 0] > 0).double(), share_right(), **asked)
+        agrees(samples, 0.0, lambda x: x[:, 0], 0.4 * 2.5, **asked)
     assert torch.equal(samples.reduced_energy, target(samples.positions))
     assert torch.isnan(samples.log_prob).all() and samples.positions.dtype == torch.float64
 
@@ -237,10 +251,10 @@ def test_angles():
     agrees(samples, log_z, lambda x: x[:, 0].cos(), iv(1, 2.0) / iv(0, 2.0))
 
 
-# --- Langevin moves --------------------------------------------------------------------------------------------------
+# --- moves -----------------------------------------------------------------------------------------------------------
 
 
-def moved(target: Energy, draw, size: float, moves: int, n: int = 4000, circular=None) -> Walkers:
+def moved(target: Energy, draw, size: float, moves: int, n: int = 4000, circular=None, leapfrog: int = 1) -> Walkers:
     """Exact draws after many moves of one length."""
     dimension = target.event_shape[0]
     field = PerceptronVelocity(dimension, 2, circular=circular)
@@ -248,25 +262,26 @@ def moved(target: Energy, draw, size: float, moves: int, n: int = 4000, circular
     sizes = StepSizes(torch.full((65,), math.log(size), dtype=torch.float64), adapting=False)
     (last,) = anneal(
         Interpolation(flow), target.value_and_gradient, torch.tensor([1.0]), n, torch.Generator().manual_seed(7),
-        moves=moves, sizes=sizes, transport=False,
+        moves=moves, leapfrog=leapfrog, sizes=sizes, transport=False,
     )  # fmt: skip
     return last
 
 
-def test_moves_leave_their_density_as_it_is_and_uncorrected_ones_do_not():
+@pytest.mark.parametrize(("leapfrog", "size", "moves"), [(1, 0.15, 60), (5, 0.05, 15)])
+def test_moves_leave_their_density_as_it_is_and_uncorrected_ones_do_not(leapfrog, size, moves):
     target = bg.systems.load("double_well", beta=4.0)
-    size, moves, n = 0.15, 60, 4000
-    last = moved(target, target.sample, size, moves, n)
+    n = 4000
+    last = moved(target, target.sample, size, moves, n, leapfrog=leapfrog)
     assert 0.4 < last.acceptance < 0.95
     torch.testing.assert_close(last.log_weights, torch.zeros(n).double(), atol=1e-12, rtol=0)
     start = target.sample(n, torch.Generator().manual_seed(7))
     assert (last.x - start).abs().mean() > 0.3, "they went somewhere"
     reference = target.sample(400_000, torch.Generator().manual_seed(1))
-    # the same moves, all taken
+    # Langevin moves all taken
     x, rng = start, torch.Generator().manual_seed(0)
-    for _ in range(moves):
-        x = x - size * target.value_and_gradient(x)[1]
-        x = x + math.sqrt(2 * size) * torch.randn(x.shape, generator=rng, dtype=x.dtype)
+    for _ in range(60):
+        x = x - 0.15 * target.value_and_gradient(x)[1]
+        x = x + math.sqrt(2 * 0.15) * torch.randn(x.shape, generator=rng, dtype=x.dtype)
     worst = 0.0
     for observable in (
         lambda x: x[:, 0].square(), lambda x: x[:, 0] ** 4, lambda x: x[:, 1].square(), lambda x: x[:, 1] ** 4,
@@ -291,29 +306,43 @@ def von_mises(kappa: float):
     return Circle((1,)), draw, iv(1, kappa) / iv(0, kappa)
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        0.05,
-        1.0,
-    ],
-)
-def test_moves_around_a_circle_leave_their_density_as_it_is(size):
+@pytest.mark.parametrize(("size", "leapfrog"), [(0.05, 1), (1.0, 1), (0.5, 4)])
+def test_moves_around_a_circle_leave_their_density_as_it_is(size, leapfrog):
     target, draw, exact = von_mises(1.0)
-    last = moved(target, draw, size, 40, 8000, [True])
+    last = moved(target, draw, size, 40, 8000, [True], leapfrog)
     cosine = last.x[:, 0].cos()
     assert last.x.abs().max() <= math.pi and last.acceptance > 0.4
     assert abs(cosine.mean() - exact) < 4 * cosine.std() / math.sqrt(8000)
 
 
-def test_a_wall_is_never_entered():
+def test_moves_of_many_steps_go_farther_for_their_energies():
+    """A stiff direction holds the length of moves down; the memory of the soft one after as many energies."""
+
+    class Ravine(Energy):
+        def reduced(self, x):
+            return 0.5 * (x[:, 0].square() + 400 * x[:, 1].square())
+
+    def draw(n, generator):
+        return torch.randn(n, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 0.05])
+
+    start = draw(4000, torch.Generator().manual_seed(7))
+    left = []
+    for leapfrog, moves in ((1, 48), (16, 3)):
+        last = moved(Ravine((2,)), draw, 0.0012, moves, leapfrog=leapfrog)
+        assert last.acceptance > 0.5
+        left.append(float(torch.corrcoef(torch.stack([start[:, 0], last.x[:, 0]]))[0, 1]))
+    assert left[1] < 0.8 * left[0], left
+
+
+@pytest.mark.parametrize("leapfrog", [1, 3])
+def test_a_wall_is_never_entered(leapfrog):
     target = Walled(2, width=1.0)
 
     def draw(n, generator):
         x = torch.randn(n, 2, generator=generator, dtype=torch.float64)
         return torch.stack([x[:, 0].abs(), x[:, 1]], 1)
 
-    last = moved(target, draw, 0.3, 40)
+    last = moved(target, draw, 0.3 / leapfrog, 40, leapfrog=leapfrog)
     assert (last.x[:, 0] > 0).all() and torch.isfinite(last.energy).all()
     assert 0.3 < last.acceptance < 0.9
     error = math.sqrt((1 - 2 / math.pi) / 4000)
@@ -380,15 +409,50 @@ def test_lengths_adapt_to_an_acceptance_of_sixty_percent():
     assert sizes(0.05) > 3 * sizes(1.0)
 
 
+@pytest.mark.parametrize(("width", "leapfrog"), [(3e-3, 1), (3e-3, 5), (30.0, 1)])
+def test_lengths_far_off_are_found_within_two_sweeps(width, leapfrog):
+    """The walkers start as the target has them, all along; the first length is a hundredth whatever the target."""
+    target = Gaussian(20, width)
+
+    def draw(n, generator):
+        return width * torch.randn(n, 20, generator=generator, dtype=torch.float64)
+
+    flow = ContinuousFlow(Drawn(target, draw), PerceptronVelocity(20, 2)).double()
+    sizes, rng = StepSizes(), torch.Generator().manual_seed(0)
+    many, few = torch.linspace(0, 1, 49)[1:], torch.tensor([0.2, 0.5, 0.8, 1.0])
+    for times, n, adapting in ((many, 200, True), (many, 200, True), (few, 2000, False)):
+        sizes.adapting = adapting
+        sweep = anneal(
+            Interpolation(flow), target.value_and_gradient, times, n, rng,
+            moves=2, leapfrog=leapfrog, sizes=sizes, transport=False,
+        )  # fmt: skip
+        rates = [walkers.acceptance for walkers in sweep]
+    assert min(rates) > 0.4 and max(rates) < 0.8, rates
+
+
+def test_lengths_follow_the_law_of_their_acceptance():
+    sizes = StepSizes()
+    sizes.learn(0.5, 0.9)
+    c = -2 * norm.ppf(0.45) / 1e-3
+    assert 2 * norm.cdf(-0.5 * c * sizes(0.5) ** 1.5) == pytest.approx(0.6)
+    for seen, step in ((0.0, -1.0), (1.0, 1.0)):
+        before = float(sizes.log_size[40])
+        sizes.learn(40 / 64, seen)
+        assert sizes.log_size[40] - before == pytest.approx(step), "no more than a factor e at once"
+    for _ in range(100):
+        sizes.learn(0.5, 1.0)
+    assert sizes(0.5) == pytest.approx(1e4), "nowhere for ever"
+
+
 def test_lengths_of_neighbours_follow_and_times_outside_are_the_ends():
     sizes = StepSizes()
     start = sizes.log_size.clone()
     sizes.learn(0.5, 1.0)
     change = sizes.log_size - start
-    assert change[32] == pytest.approx(0.2) and change[31] == change[33] == pytest.approx(0.1)
-    assert change.count_nonzero() == 3
+    assert change[32] == pytest.approx(1.0) and change[33] == pytest.approx(0.9) and change[31] == pytest.approx(0.5)
+    assert not change[:31].any() and change[64] == pytest.approx(0.9**32), "later times are next"
     sizes.learn(0.5, 0.6)
-    assert sizes.log_size[32] - start[32] == pytest.approx(0.2)
+    assert sizes.log_size[32] - start[32] == pytest.approx(1.0)
     sizes.learn(0.0, 0.1)
     assert sizes(0.0) < 1e-2 < sizes(0.5) and sizes(-0.1) == sizes(0.0) and sizes(1.1) == sizes(1.0)
     frozen = StepSizes(adapting=False)
