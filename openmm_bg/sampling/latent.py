@@ -67,6 +67,14 @@ class LatentEnergy(Energy):
         """Conformations of latents, ``(n, atoms, 3)`` in nm, float64."""
         return self._generator[0].place(self.internal(w)[0])
 
+    @torch.no_grad()
+    def latents(self, positions: Tensor) -> Tensor:
+        """Latents ``(n, dimension)`` of conformations ``(n, atoms, 3)`` in nm, float64: the inverse of `positions`."""
+        flow = self._generator[0].flow
+        q, _ = self._target.coordinates(positions.double())
+        t, y = flow.chart.split(q)
+        return torch.cat([t, flow.stiff.inverse(y, flow.context(t))[0]], -1)
+
     def reduced(self, w: Tensor) -> Tensor:
         u, gradient = self.reduced_and_gradient(w)
         # first derivatives are those of the energy; nothing here needs second ones

@@ -526,6 +526,13 @@ def test_wrong_generators_are_refused():
             annealed_transport(generator, 10)
 
 
+@pytest.mark.parametrize("wrong", [{"leapfrog": 0}, {"moves": -1}, {"steps": 2.5}, {"chunk": 0}, {"tuning": 1}])
+def test_numbers_out_of_range_are_refused(wrong):
+    (name,) = wrong
+    with pytest.raises(InputError, match=f"{name} must be a whole number of at least"):
+        annealed_transport(generator_of(WELL), 10, **wrong)
+
+
 def test_an_estimated_divergence_is_refused():
     generator = generator_of(WELL, wrong_field(2), divergence="hutchinson")
     with pytest.raises(InputError, match="divergence"):

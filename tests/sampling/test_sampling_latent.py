@@ -60,6 +60,19 @@ def test_gradient_is_that_of_the_value(parts):
     assert torch.equal(by_autograd, gradient)
 
 
+def test_latents_of_conformations_are_those_they_came_from(parts):
+    _, latent = parts
+    w = latents(latent, 16)
+    back = latent.latents(latent.positions(w))
+    turn = (back - w)[:, torch.tensor(latent.circular)]
+    assert torch.allclose(turn, 2 * math.pi * (turn / (2 * math.pi)).round(), atol=1e-7)
+    still = ~torch.tensor(latent.circular)
+    assert torch.allclose(back[:, still], w[:, still], atol=1e-6)
+    # the conformation it was informed of lies where all stiff coordinates have their centre
+    given = latent.latents(torch.as_tensor(bg.systems.load("alanine_dipeptide").positions).double()[None])
+    assert given[:, still].abs().max() < 0.01 and latent(given) < 10 + latent(latents(latent, 64)).min()
+
+
 def test_torsions_are_periodic(parts):
     _, latent = parts
     w = latents(latent, 4)

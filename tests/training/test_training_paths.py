@@ -278,6 +278,8 @@ def test_seeds_reproduce_and_weights_of_the_flow_are_not_touched():
 
 
 def test_it_needs_a_continuous_flow_and_an_energy():
+    with pytest.raises(InputError, match="leapfrog must be a whole number of at least 1"):
+        ContinuityResidual(leapfrog=0)
     flow = RealNVP(2, layers=2, hidden=(4,)).double()
     with pytest.raises(InputError, match="trains a ContinuousFlow, not a RealNVP"):
         ContinuityResidual()(step_of(flow, MIXTURE))
