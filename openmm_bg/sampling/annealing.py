@@ -278,6 +278,21 @@ def annealed_transport(
     ------
     InputError
         If the generator has no energy or no continuous flow, or an argument is out of range.
+
+    Examples
+    --------
+    Walkers of an untrained field, which owe everything to their moves:
+
+    >>> import openmm_bg as bg
+    >>> from openmm_bg.flows import Base, ContinuousFlow, PerceptronVelocity
+    >>> from openmm_bg.sampling import log_normalizer
+    >>> target = bg.systems.load("double_well", beta=2.0)
+    >>> flow = ContinuousFlow(Base([False] * 2), PerceptronVelocity(2, 16))
+    >>> generator = bg.BoltzmannGenerator(target, flow, defensive=0)
+    >>> walkers = annealed_transport(generator, 2000, steps=20, leapfrog=4, seed=1)
+    >>> z = log_normalizer(walkers.log_weights)
+    >>> abs(z.value - target.log_z) < 4 * z.error < 0.2
+    True
     """
     least = {
         "n": (n, 1),

@@ -54,6 +54,16 @@ class ContinuityResidual:
         vanishes everywhere, so its points may lie anywhere; those of hot walkers hold the field in the tails, where a
         flow that brings too little density makes the largest weights. Below 2, or the first weights of the walkers,
         which start from the base as it is, have no variance.
+
+    Examples
+    --------
+    >>> import openmm_bg as bg
+    >>> from openmm_bg.flows import Base, ContinuousFlow, PerceptronVelocity
+    >>> flow = ContinuousFlow(Base([False] * 2), PerceptronVelocity(2, 16))
+    >>> generator = bg.BoltzmannGenerator(bg.systems.load("double_well"), flow, defensive=0)
+    >>> objective = ContinuityResidual(rate=1.0, walkers=32, times=8, leapfrog=3)
+    >>> generator.fit(steps=2, objective=objective, progress=False).evaluations > 0
+    True
     """
 
     rate: float = 0.0
