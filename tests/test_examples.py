@@ -28,6 +28,19 @@ def run(folder: Path, name: str, *arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--samples", "0"], "must be at least 100, not 0"),
+        (["--only", "many_well_8", "--scheme", "learned"], "No experiment of many_well_8 has the scheme learned."),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_at_once(tmp_path, arguments, said):
+    with pytest.raises(AssertionError, match=said):
+        run(tmp_path, "chemseddine.py", *arguments, "--output", "made")
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, str]:
     """The short form of alanine_dipeptide.py: its folder and what it printed."""

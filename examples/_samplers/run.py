@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +29,34 @@ def parser_of(description: str, groups: dict[str, list[Experiment]]) -> argparse
     schemes = sorted({experiment.scheme for group in groups.values() for experiment in group})
     parser.add_argument("--scheme", choices=schemes, action="append", help="some of the schemes")
     parser.add_argument("--seed", type=int, action="append", help="may be given again; default 1, 2, 3")
-    parser.add_argument("--samples", type=int, default=100_000, help="draws that judge a flow")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--samples", type=_at_least(100), default=100_000, help="draws that judge a flow")
+    parser.add_argument("--threads", type=_at_least(1), default=1)
     parser.add_argument("--output", type=Path, required=True, help="folder for rows, table and figure")
     return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    number.__name__ = "whole number"
+    return number
 
 
 def run(groups: dict[str, list[Experiment]], options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """Every chosen experiment that has no row yet."""
     torch.set_num_threads(options.threads)
+    chosen = options.only or list(groups)
+    if options.scheme and not any(e.scheme in options.scheme for group in chosen for e in groups[group]):
+        sys.exit(f"No experiment of {', '.join(chosen)} has the scheme {' or '.join(options.scheme)}.")
+    if options.output.exists() and not options.output.is_dir():
+        sys.exit(f"{options.output} is a file; --output needs a folder.")
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{name}.jsonl"
     rows = read_rows(path)
-    chosen = options.only or list(groups)
     seeds = options.seed or ([1] if options.short else [1, 2, 3])
     panels = []
     for group in chosen:
