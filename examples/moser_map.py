@@ -49,7 +49,7 @@ grids = (16, 32, 64) if short else (16, 32, 64, 128)
 finest = 4 * grids[-1]
 widths, depths = ((4, 32), (2, 4)) if short else ((4, 16, 64, 256), (2, 4, 8, 16))
 width, depth = (32, 4) if short else (64, 8)  # where the two scans cross
-train_steps, batch, pool = (200, 256, 4096) if short else (1500, 512, 16384)
+train_steps, batch, pool = (100, 256, 4096) if short else (1500, 512, 16384)
 test, points = (2000, 300) if short else (10000, 1000)  # points on either side of an empirical W2
 
 # rho1 falls to 1e-6 in the corners of these boxes. A larger box would hold more of the double well, which has
