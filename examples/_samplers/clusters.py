@@ -64,6 +64,8 @@ def assess_cluster(
     if experiment.annealed.get("resample_below"):
         # resampled walkers owe much to their moves: what would they be without the velocity?
         ways["still_"] = {"transport": False}
+    # since the last resampling a share of walkers says little, and does not belong in the column of the others
+    share = "ess_since_resampling" if len(ways) > 1 else "annealed_ess"
     for prefix, how in ways.items():
         started = time.perf_counter()
         walkers = bg.annealed_transport(
@@ -77,7 +79,7 @@ def assess_cluster(
         chosen = systematic(log_weights, random)[torch.randperm(2 * n, generator=random)[:n]]
         x = walkers.positions[chosen].numpy()
         row |= {
-            f"{prefix}annealed_n": 2 * n, f"{prefix}annealed_ess": effective_sample_size(log_weights).fraction,
+            f"{prefix}annealed_n": 2 * n, f"{prefix}{share}": effective_sample_size(log_weights).fraction,
             f"{prefix}annealed_log_z": z.value, f"{prefix}annealed_log_z_se": z.error,
             f"{prefix}annealed_seconds": round(time.perf_counter() - started, 1),
             f"{prefix}w2": single_pass_w2(a, x, *shape),

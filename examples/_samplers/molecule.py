@@ -57,6 +57,7 @@ def assess_molecule(experiment: MoleculePath, generator: bg.BoltzmannGenerator, 
     """Shares of effective samples, log Z and the population of phi > 0; the last two over independent populations."""
     latent = experiment.latent
     row: dict[str, Any] = {"n": n, "annealed_n": n, "populations": POPULATIONS}
+    resampled = bool(experiment.annealed.get("resample_below"))
     how = {"rate": experiment.schedule, "seed": seed + 1, "chunk": -(-n // POPULATIONS), **experiment.annealed}
     for name, draw in {
         "": lambda: generator.sample(n, seed=seed),
@@ -75,8 +76,9 @@ def assess_molecule(experiment: MoleculePath, generator: bg.BoltzmannGenerator, 
         row |= {
             f"{name}{key}": value
             for key, value in {
-                "ess": effective_sample_size(log_weights).fraction,
-                "seconds": round(time.perf_counter() - started, 1),
+                # since the last resampling a share says little, and does not belong in the column of the others
+                "share" if resampled and name else "ess": effective_sample_size(log_weights).fraction,
+                "drawing_seconds": round(time.perf_counter() - started, 1),
                 **over_populations(log_weights, {"left_handed": left, "energy": true.numpy()}, how["chunk"]),
             }.items()
         }
