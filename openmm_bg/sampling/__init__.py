@@ -1,7 +1,9 @@
 """The acceptance rule, weighted samples, and the one implementation of molecular dynamics and replica exchange."""
 
 from openmm_bg.sampling.annealing import annealed_transport
+from openmm_bg.sampling.batched import BatchedLangevin
 from openmm_bg.sampling.bursts import bursts
+from openmm_bg.sampling.cooling import CooledWalkers, cool
 from openmm_bg.sampling.dynamics import Trajectory, fastest_platform, simulate
 from openmm_bg.sampling.interpolation import GradientFlowPath, Interpolation, continuity_residual
 from openmm_bg.sampling.latent import LatentEnergy
@@ -32,6 +34,8 @@ from openmm_bg.sampling.reweighting import (
 
 __all__ = [
     "Attempt",
+    "BatchedLangevin",
+    "CooledWalkers",
     "EffectiveSampleSize",
     "Estimate",
     "GradientFlowPath",
@@ -45,6 +49,7 @@ __all__ = [
     "annealed_transport",
     "bursts",
     "continuity_residual",
+    "cool",
     "effective_sample_size",
     "fastest_platform",
     "forward_effective_sample_size",

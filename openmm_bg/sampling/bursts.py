@@ -10,15 +10,19 @@ the same phase: an N-H bond (period 10.1 fs) is at the mirror image of its start
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import openmm
+import torch
 from tqdm import tqdm
 
+from openmm_bg.energies import ForceFieldEnergy
 from openmm_bg.errors import InputError
+from openmm_bg.sampling.batched import BatchedLangevin, batchable
 from openmm_bg.sampling.dynamics import LangevinPropagator, Trajectory, whole_number
 from openmm_bg.units import nanometers
 
@@ -26,6 +30,8 @@ __all__ = ["bursts"]
 
 # Frames that share one random number stream: fixed, so that the result does not depend on the number of threads.
 _BLOCK = 16
+# Bursts in one batch: enough to fill the kernel, few enough to stay in a processor's cache.
+_ROWS = 1024
 
 
 def bursts(
@@ -55,11 +61,12 @@ def bursts(
     n_bursts, steps : int
         Runs per frame, and their mean length: each is drawn uniformly between half of it and one and a half times it.
     seed : int
-        The same seed gives bitwise the same result on the Reference platform, whatever `workers` is.
+        The same seed gives bitwise the same result, in torch and on the Reference platform, whatever `workers` is.
     workers : int
-        Threads.
+        Threads, where OpenMM runs the bursts.
     platform : str, optional
-        By default `fastest_platform(system)`.
+        An OpenMM platform. By default the bursts run as batches in torch where the System allows it (see
+        :class:`~openmm_bg.sampling.ReplicaExchange`), else on `fastest_platform(system)`.
     progress : bool
         A bar with the remaining time on stderr, where that is a terminal.
 
@@ -93,8 +100,14 @@ def bursts(
     steps = whole_number(steps, "steps", minimum=1)
     shortest, longest = steps - steps // 2, steps + steps // 2
     workers = whole_number(workers, "workers", minimum=1)
+    seed = whole_number(seed, "seed", minimum=0)
+    if platform is None and batchable(system) is None:
+        return _batched(
+            system, x, n_bursts, (shortest, longest), seed, progress,
+            temperature=temperature, timestep=timestep, friction=friction,
+        )  # fmt: skip
     starts = range(0, len(x), _BLOCK)
-    streams = np.random.SeedSequence(whole_number(seed, "seed", minimum=0)).spawn(len(starts))
+    streams = np.random.SeedSequence(seed).spawn(len(starts))
 
     idle: SimpleQueue[LangevinPropagator] = SimpleQueue()
     walkers = [
@@ -146,3 +159,40 @@ def bursts(
         sum(walker.force_evaluations for walker in walkers),
         seed,
     )
+
+
+def _batched(
+    system: openmm.System,
+    x: np.ndarray,
+    n_bursts: int,
+    lengths: tuple[int, int],
+    seed: int,
+    progress: bool,
+    *,
+    temperature: Any,
+    timestep: Any,
+    friction: Any,
+) -> Trajectory:
+    """The same in torch: all bursts of one length together."""
+    rng = np.random.default_rng(seed)
+    random = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    energy = ForceFieldEnergy(system, temperature)
+    steps = rng.integers(*lengths, size=len(x) * n_bursts, endpoint=True)
+    frame = np.arange(len(steps)) // n_bursts
+    positions, energies = np.empty((len(steps), *x.shape[1:])), np.empty(len(steps))
+    evaluations = 0
+    with tqdm(total=len(steps), unit="burst", disable=None if progress else True) as bar:
+        for length in np.unique(steps):
+            those = np.flatnonzero(steps == length)
+            for part in np.array_split(those, math.ceil(len(those) / _ROWS)):
+                walkers = BatchedLangevin(
+                    energy, x[frame[part]], temperature=temperature, timestep=timestep, friction=friction,
+                    generator=random,
+                )  # fmt: skip
+                walkers.draw_velocities()
+                walkers.advance(int(length))
+                energies[part] = walkers.potential_energy().numpy(force=True)
+                positions[part] = walkers.positions.double().numpy(force=True)
+                evaluations += walkers.force_evaluations
+                bar.update(len(part))
+    return Trajectory(positions, energies, energy.temperature, evaluations, seed)

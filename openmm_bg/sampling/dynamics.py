@@ -105,6 +105,19 @@ def check_system(system: openmm.System, positions: Any) -> np.ndarray:
     return x
 
 
+def interval_of(timestep: float, friction: float) -> int:
+    """Leapfrog steps between two friction-and-noise steps."""
+    return max(1, min(_MAX_INTERVAL, int(_MAX_DAMPING / (friction * timestep))))
+
+
+def unstable(temperature: float, timestep: float, why: str) -> InputError:
+    """What is raised where dynamics has lost its coordinates."""
+    return InputError(
+        f"The dynamics at {temperature:g} K became unstable ({why}): "
+        f"shorten the time step ({timestep:g} ps) or check the structure for overlapping atoms."
+    )
+
+
 class LangevinPropagator:
     """One walker: a Context with positions, velocities and random numbers of its own.
 
@@ -152,7 +165,7 @@ class LangevinPropagator:
         masses = np.array([system.getParticleMass(i).value_in_unit(unit.dalton) for i in atoms])
         with np.errstate(divide="ignore"):
             self._inverse_mass = np.where(masses > 0, 1 / masses, 0)[:, None]
-        self._interval = max(1, min(_MAX_INTERVAL, int(_MAX_DAMPING / (self.friction * self.timestep))))
+        self._interval = interval_of(self.timestep, self.friction)
         self._constrained = system.getNumConstraints() > 0
         self._virtual = any(system.isVirtualSite(i) for i in atoms)
         self._integrator = openmm.VerletIntegrator(self.timestep)
@@ -200,7 +213,7 @@ class LangevinPropagator:
                 self._integrator.step(n)
                 state = self.context.getState(positions=True, velocities=True)
             except openmm.OpenMMException as error:
-                raise self._unstable(str(error)) from None
+                raise unstable(self.temperature, self.timestep, str(error)) from None
             done += n
             self.force_evaluations += n
             x = state.getPositions(asNumpy=True)._value
@@ -209,7 +222,7 @@ class LangevinPropagator:
             new = self._project(keep * v + math.sqrt(1 - keep * keep) * self._noise())
             x = x + 0.5 * self.timestep * (new - v)
             if not np.isfinite(x).all():
-                raise self._unstable("coordinates are not finite")
+                raise unstable(self.temperature, self.timestep, "coordinates are not finite")
             self._place(x)
             if self._constrained or self._virtual:
                 x, new = self._read("positions"), self._project(new)
@@ -222,7 +235,7 @@ class LangevinPropagator:
         self.force_evaluations += 1
         energy = self.context.getState(energy=True).getPotentialEnergy()._value
         if not math.isfinite(energy):
-            raise self._unstable(f"the potential energy is {energy}")
+            raise unstable(self.temperature, self.timestep, f"the potential energy is {energy}")
         return energy
 
     def _acceleration(self, positions: np.ndarray) -> np.ndarray:
@@ -254,12 +267,6 @@ class LangevinPropagator:
         state = self.context.getState(**{what: True})
         get = state.getPositions if what == "positions" else state.getVelocities
         return np.array(get(asNumpy=True)._value, dtype=np.float64)
-
-    def _unstable(self, why: str) -> InputError:
-        return InputError(
-            f"The dynamics at {self.temperature:g} K became unstable ({why}): "
-            f"shorten the time step ({self.timestep:g} ps) or check the structure for overlapping atoms."
-        )
 
 
 def simulate(

@@ -21,9 +21,10 @@ class ReplicaExchangeResult:
     temperatures : ndarray (replicas,)
         In K, rising.
     potential_energy : ndarray (iterations, replicas)
-        kJ/mol of the frame that each temperature generated, before the exchange that followed.
+        kJ/mol of the frame that each temperature generated, before the exchange that followed. The iterations of all
+        ladders stand one ladder after the other, here and below.
     walkers : ndarray (iterations, replicas)
-        Which walker was at each temperature when the frame was generated.
+        Which walker of the ladder was at each temperature when the frame was generated.
     exchanges_tried, exchanges_accepted : ndarray (replicas - 1,)
         Per pair of neighbours.
     frames : dict of int to ndarray (iterations, atoms, 3)
@@ -31,6 +32,8 @@ class ReplicaExchangeResult:
     force_evaluations : int
         By all replicas, energies and discarded iterations included.
     seed : int
+    ladders : int
+        Independent exchanges that ran side by side.
     """
 
     temperatures: np.ndarray
@@ -41,6 +44,7 @@ class ReplicaExchangeResult:
     frames: dict[int, np.ndarray]
     force_evaluations: int
     seed: int
+    ladders: int = 1
 
     @property
     def acceptance(self) -> np.ndarray:
@@ -50,15 +54,16 @@ class ReplicaExchangeResult:
 
     @property
     def round_trips(self) -> np.ndarray:
-        """How often each walker has gone from the lowest temperature to the highest and back, (replicas,)."""
-        trips = np.zeros(len(self.temperatures), dtype=np.int64)
-        for walker in range(len(trips)):
-            ends = np.where(self.walkers[:, 0] == walker, -1, 0) + np.where(self.walkers[:, -1] == walker, 1, 0)
-            ends = ends[ends != 0]
-            arrivals = np.count_nonzero((ends[:-1] == 1) & (ends[1:] == -1))
-            started_high = len(ends) > 0 and ends[0] == 1
-            trips[walker] = max(0, arrivals - started_high)
-        return trips
+        """How often each walker went from the lowest temperature to the highest and back, (ladders * replicas,)."""
+        trips = []
+        for ladder in self.walkers.reshape(self.ladders, -1, len(self.temperatures)):
+            for walker in range(len(self.temperatures)):
+                ends = np.where(ladder[:, 0] == walker, -1, 0) + np.where(ladder[:, -1] == walker, 1, 0)
+                ends = ends[ends != 0]
+                arrivals = np.count_nonzero((ends[:-1] == 1) & (ends[1:] == -1))
+                started_high = len(ends) > 0 and ends[0] == 1
+                trips.append(max(0, arrivals - started_high))
+        return np.array(trips, dtype=np.int64)
 
     def trajectory(self, index: int = 0) -> Trajectory:
         """The frames of one kept temperature, by default the lowest, at the cost of the whole run."""

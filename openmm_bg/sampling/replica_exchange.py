@@ -1,6 +1,6 @@
 """Temperature replica exchange: the reference sampler, and the data for a first generator.
 
-Each temperature owns a Context; walkers move between temperatures by exchanging positions. Neighbours i, i+1
+A replica keeps its temperature; walkers move between temperatures by exchanging positions. Neighbours i, i+1
 exchange with probability min(1, exp[(beta_i - beta_{i+1}) (U_i - U_{i+1})]), even and odd pairs in turn, and
 velocities are rescaled by sqrt(T_new / T_old) (Sugita & Okamoto, Chem. Phys. Lett. 314, 141 (1999)).
 Deterministic alternation of the pairs makes round trips fastest (Syed et al., J. R. Stat. Soc. B 84, 321 (2022)).
@@ -14,7 +14,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ from tqdm import tqdm
 
 from openmm_bg.errors import InputError
 from openmm_bg.sampling.archive import load_arrays, save_arrays
-from openmm_bg.sampling.dynamics import LangevinPropagator, check_system, fastest_platform, whole_number
+from openmm_bg.sampling.batched import batchable
+from openmm_bg.sampling.dynamics import check_system, fastest_platform, whole_number
 from openmm_bg.sampling.exchange_result import ReplicaExchangeResult
+from openmm_bg.sampling.replicas import BatchedReplicas, ContextReplicas, Replicas
 from openmm_bg.units import GAS_CONSTANT, kelvin, per_picosecond, picoseconds
 
 __all__ = ["ReplicaExchange", "ReplicaExchangeResult", "geometric_temperatures", "replica_exchange"]
@@ -68,12 +69,17 @@ class ReplicaExchange:
         Every random number comes from it: the result does not depend on the number of workers.
     keep : sequence of int
         Indices of the temperatures whose frames are kept.
+    ladders : int
+        Independent exchanges side by side, each with all temperatures. Several ladders run as one batch in torch where
+        the System allows it (no constraints, virtual sites, periodic box or forces without a torch form): five and more
+        times the steps per second and core of OpenMM's Reference platform.
     workers : int
-        Threads.
+        Threads, where OpenMM runs the replicas.
     minimize : bool
         Relax the start first.
     platform : str, optional
-        By default `fastest_platform(system)`.
+        An OpenMM platform, which then runs the replicas whatever their number; by default that is
+        `fastest_platform(system)`.
 
     Examples
     --------
@@ -98,6 +104,7 @@ class ReplicaExchange:
         friction: Any = 1.0,
         seed: int,
         keep: Sequence[int] = (0,),
+        ladders: int = 1,
         workers: int = 2,
         minimize: bool = True,
         platform: str | None = None,
@@ -112,41 +119,28 @@ class ReplicaExchange:
         self.workers = whole_number(workers, "workers", minimum=1)
         self.steps_per_iteration = whole_number(steps_per_iteration, "steps_per_iteration", minimum=1)
         self.keep = tuple(sorted(set(keep)))
+        self.ladders = whole_number(ladders, "ladders", minimum=1)
         start = check_system(system, positions)
-        platform = platform or fastest_platform(system)
-        seeds = np.random.SeedSequence(self.seed).spawn(len(ladder) + 1)
-        streams = [np.random.default_rng(child) for child in seeds]
-        self._generator = streams.pop()  # decides the exchanges
-        self._replicas = [
-            LangevinPropagator(
-                system,
-                start,
-                temperature=t,
-                timestep=timestep,
-                friction=friction,
-                generator=stream,
-                platform=platform,
-            )
-            for t, stream in zip(ladder, streams, strict=True)
-        ]
+        self._replicas, self._generator = _replicas(
+            system, start, np.tile(ladder, self.ladders), self.seed,
+            timestep=timestep, friction=friction, platform=platform, workers=self.workers, batch=self.ladders > 1,
+        )  # fmt: skip
         # What a checkpoint must share with the run that resumes it.
         self._identity = {
             "system": hashlib.sha256(openmm.XmlSerializer.serialize(system).encode()).hexdigest(),
             "temperatures": ladder.tolist(),
+            "ladders": self.ladders,
             "steps_per_iteration": self.steps_per_iteration,
             "timestep": picoseconds(timestep),
             "friction": per_picosecond(friction),
             "seed": self.seed,
             "keep": list(self.keep),
-            "platform": platform,
+            **self._replicas.identity,
         }
-        if minimize:
-            self._replicas[0].minimize()
-        for replica in self._replicas:
-            replica.positions = self._replicas[0].positions.copy()
-            replica.draw_velocities()
+        self._replicas.start(minimize)
         self.attempts = 0  # iterations done, discarded ones included
-        self._walkers = np.arange(len(ladder))
+        # one row per ladder: which of its walkers is at each temperature
+        self._walkers = np.tile(np.arange(len(ladder)), (self.ladders, 1))
         self._tried = np.zeros(len(ladder) - 1, dtype=np.int64)
         self._accepted = np.zeros(len(ladder) - 1, dtype=np.int64)
         self._frames: dict[int, list[np.ndarray]] = {index: [] for index in self.keep}
@@ -154,7 +148,7 @@ class ReplicaExchange:
         self._occupants: list[np.ndarray] = []
 
     def __len__(self) -> int:
-        """Iterations recorded."""
+        """Iterations recorded, in each ladder."""
         return len(self._energies)
 
     def run(
@@ -185,11 +179,10 @@ class ReplicaExchange:
         saved = time.monotonic()
         with (
             _deferred_interrupt() as interrupted,
-            ThreadPoolExecutor(self.workers) as pool,
             tqdm(total=n_iterations, unit="iteration", disable=None if progress else True) as bar,
         ):
             for _ in range(n_iterations):
-                self._iterate(pool, record)
+                self._iterate(record)
                 bar.update()
                 if callback is not None:
                     callback(self)
@@ -205,60 +198,59 @@ class ReplicaExchange:
 
     def result(self) -> ReplicaExchangeResult:
         """Everything recorded so far."""
-        n, atoms = len(self), len(self._replicas[0].positions)
+
+        def by_ladder(rows: list[np.ndarray], *shape: int, dtype: type = np.float64) -> np.ndarray:
+            table = np.array(rows, dtype=dtype).reshape(len(self), self.ladders, *shape)
+            return table.swapaxes(0, 1).reshape(-1, *shape)
+
+        temperatures, atoms = len(self.temperatures), self._replicas.positions(np.array([0])).shape[1]
         return ReplicaExchangeResult(
             temperatures=self.temperatures.copy(),
-            potential_energy=np.array(self._energies).reshape(n, len(self.temperatures)),
-            walkers=np.array(self._occupants, dtype=np.int64).reshape(n, len(self.temperatures)),
+            potential_energy=by_ladder(self._energies, temperatures),
+            walkers=by_ladder(self._occupants, temperatures, dtype=np.int64),
             exchanges_tried=self._tried.copy(),
             exchanges_accepted=self._accepted.copy(),
-            frames={index: np.array(frames).reshape(n, atoms, 3) for index, frames in self._frames.items()},
-            force_evaluations=sum(replica.force_evaluations for replica in self._replicas),
+            frames={index: by_ladder(frames, atoms, 3) for index, frames in self._frames.items()},
+            force_evaluations=self._replicas.force_evaluations,
             seed=self.seed,
+            ladders=self.ladders,
         )
 
-    def _iterate(self, pool: ThreadPoolExecutor, record: bool) -> None:
-        def propagate(replica: LangevinPropagator) -> float:
-            replica.advance(self.steps_per_iteration)
-            return replica.potential_energy()
-
-        energies = np.array(list(pool.map(propagate, self._replicas)))
+    def _iterate(self, record: bool) -> None:
+        temperatures = len(self.temperatures)
+        energies = self._replicas.advance(self.steps_per_iteration).reshape(self.ladders, temperatures)
         if record:
             self._energies.append(energies)
             self._occupants.append(self._walkers.copy())
             for index, frames in self._frames.items():
-                frames.append(self._replicas[index].positions.copy())
+                frames.append(self._replicas.positions(np.arange(self.ladders) * temperatures + index))
         beta = 1 / (GAS_CONSTANT * self.temperatures)
-        for i in range(self.attempts % 2, len(self._replicas) - 1, 2):
-            self._tried[i] += 1
-            log_ratio = (beta[i] - beta[i + 1]) * (energies[i] - energies[i + 1])
-            if np.log1p(-self._generator.random()) < log_ratio:
-                self._accepted[i] += 1
-                self._swap(i)
+        low = np.arange(self.attempts % 2, temperatures - 1, 2)
+        log_ratio = (beta[low] - beta[low + 1]) * (energies[:, low] - energies[:, low + 1])
+        swapped = np.log1p(-self._generator.random(log_ratio.shape)) < log_ratio
+        self._tried[low] += self.ladders
+        self._accepted[low] += swapped.sum(0)
+        order = np.tile(np.arange(temperatures), (self.ladders, 1))
+        order[:, low] += swapped
+        order[:, low + 1] -= swapped
+        if swapped.any():
+            self._walkers = np.take_along_axis(self._walkers, order, 1)
+            self._replicas.permute((order + temperatures * np.arange(self.ladders)[:, None]).ravel())
         self.attempts += 1
-
-    def _swap(self, i: int) -> None:
-        low, high = self._replicas[i], self._replicas[i + 1]
-        scale = np.sqrt(high.temperature / low.temperature)
-        low.positions, high.positions = high.positions, low.positions
-        low.velocities, high.velocities = high.velocities / scale, low.velocities * scale
-        self._walkers[[i, i + 1]] = self._walkers[[i + 1, i]]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint (`.npz`, no pickle inside), replacing the file in one step."""
         result = self.result()
-        header = {
+        header, arrays = self._replicas.save()
+        header |= {
             **self._identity,
             "attempts": self.attempts,
-            "force_evaluations": [replica.force_evaluations for replica in self._replicas],
-            "generators": [replica.generator.bit_generator.state for replica in self._replicas],
             "exchange_generator": self._generator.bit_generator.state,
         }
         save_arrays(
             path,
             header,
-            positions=np.array([replica.positions for replica in self._replicas]),
-            velocities=np.array([replica.velocities for replica in self._replicas]),
+            **arrays,
             occupants=self._walkers,
             tried=self._tried,
             accepted=self._accepted,
@@ -277,23 +269,51 @@ class ReplicaExchange:
         InputError
             When the file is missing or damaged, or belongs to another run.
         """
-        names = ("positions", "velocities", "occupants", "tried", "accepted", "potential_energy", "walkers")
-        header, arrays = load_arrays(path, (*names, *(f"frames_{index}" for index in self.keep)))
+        names = ("occupants", "tried", "accepted", "potential_energy", "walkers")
+        own = tuple(self._replicas.save()[1])
+        header, arrays = load_arrays(path, (*own, *names, *(f"frames_{index}" for index in self.keep)))
         other = [name for name, value in self._identity.items() if header.get(name) != value]
         if other:
             raise InputError(
                 f"The checkpoint {path} belongs to another run (it differs in {', '.join(other)}): "
                 "resume with the settings it was made with, or remove it."
             )
-        for k, replica in enumerate(self._replicas):
-            replica.positions, replica.velocities = arrays["positions"][k], arrays["velocities"][k]
-            replica.force_evaluations = header["force_evaluations"][k]
-            replica.generator.bit_generator.state = header["generators"][k]
+
+        def by_iteration(table: np.ndarray) -> list[np.ndarray]:
+            return list(table.reshape(self.ladders, -1, *table.shape[1:]).swapaxes(0, 1))
+
+        self._replicas.restore(header, arrays)
         self._generator.bit_generator.state = header["exchange_generator"]
         self.attempts = header["attempts"]
         self._walkers, self._tried, self._accepted = arrays["occupants"], arrays["tried"], arrays["accepted"]
-        self._energies, self._occupants = list(arrays["potential_energy"]), list(arrays["walkers"])
-        self._frames = {index: list(arrays[f"frames_{index}"]) for index in self.keep}
+        self._energies = by_iteration(arrays["potential_energy"])
+        self._occupants = by_iteration(arrays["walkers"])
+        self._frames = {index: by_iteration(arrays[f"frames_{index}"]) for index in self.keep}
+
+
+def _replicas(
+    system: openmm.System,
+    start: np.ndarray,
+    temperatures: np.ndarray,
+    seed: int,
+    *,
+    timestep: Any,
+    friction: Any,
+    platform: str | None,
+    workers: int,
+    batch: bool,
+) -> tuple[Replicas, np.random.Generator]:
+    """The replicas, and the random numbers that decide the exchanges."""
+    seeds = np.random.SeedSequence(seed).spawn(len(temperatures) + 1)
+    *streams, deciding = (np.random.default_rng(child) for child in seeds)
+    if batch and platform is None and batchable(system) is None:
+        batched = BatchedReplicas(system, start, temperatures, streams[0], timestep=timestep, friction=friction)
+        return batched, deciding
+    contexts = ContextReplicas(
+        system, start, temperatures, streams, timestep=timestep, friction=friction,
+        platform=platform or fastest_platform(system), workers=workers,
+    )  # fmt: skip
+    return contexts, deciding
 
 
 def replica_exchange(
@@ -308,6 +328,7 @@ def replica_exchange(
     friction: Any = 1.0,
     seed: int,
     keep: Sequence[int] = (0,),
+    ladders: int = 1,
     workers: int = 2,
     minimize: bool = True,
     platform: str | None = None,
@@ -321,12 +342,12 @@ def replica_exchange(
     Parameters
     ----------
     n_iterations, equilibration_iterations : int
-        Iterations recorded, and discarded before them.
+        Iterations of each ladder recorded, and discarded before them.
     checkpoint : path, optional
         Where the state is saved about every half minute.
     resume : bool
         Continue from `checkpoint` up to the same total of iterations; start afresh where there is none yet.
-    system, positions, temperatures, steps_per_iteration, timestep, friction, seed, keep, workers, minimize
+    system, positions, temperatures, steps_per_iteration, timestep, friction, seed, keep, ladders, workers, minimize
         As in `ReplicaExchange`. For a small peptide in implicit solvent `geometric_temperatures(300, 1000, 6)`
         is a good start: alanine dipeptide exchanges 31 to 43 percent of the time and crosses the phi barrier
         about ten times per nanosecond of all replicas together.
@@ -359,6 +380,7 @@ def replica_exchange(
         friction=friction,
         seed=seed,
         keep=keep,
+        ladders=ladders,
         workers=workers,
         minimize=minimize,
         platform=platform,
