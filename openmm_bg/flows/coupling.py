@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from openmm_bg.flows.base import Transform, wrap
+from openmm_bg.flows.base import Transform, permute, wrap
 from openmm_bg.flows.networks import fourier_features, perceptron
 from openmm_bg.flows.spline import circular_parameters, circular_spline, interval_parameters, interval_spline
 
@@ -69,8 +69,9 @@ class AffineCoupling(Transform):
         move, keep = _halves(moved)
         self.register_buffer("move", move)
         self.register_buffer("keep", keep)
-        order = torch.argsort(torch.cat([move, keep]))
-        self.register_buffer("restore", order)
+        together = torch.cat([move, keep])
+        self.register_buffer("together", together, persistent=False)
+        self.register_buffer("restore", torch.argsort(together))
         self.networks = networks
         if networks == "joint":
             self.network = perceptron(len(keep) + context_dimension, hidden, 2 * len(move))
@@ -92,16 +93,36 @@ class AffineCoupling(Transform):
         return 2 * torch.tanh(log_scale / 2), shift
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        moved, kept = z[:, self.move], z[:, self.keep]
+        moved, kept = self._parts(z)
         log_scale, shift = self._scale_and_shift(kept, context)
         y = torch.cat([moved * log_scale.exp() + shift, kept], -1)
-        return y[:, self.restore], log_scale.sum(-1)
+        return permute(y, self.restore, self.together), log_scale.sum(-1)
+
+    def push_score(self, z: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            if not z.requires_grad:
+                z = z.detach().requires_grad_()
+            moved, kept = self._parts(z)
+            log_scale, shift = self._scale_and_shift(kept, context)
+            y = torch.cat([moved * log_scale.exp() + shift, kept], -1)
+            score_moved, score_kept = self._parts(score)
+            # d log q / dy_kept at fixed y_moved: through the log-determinant and through z_moved, by the chain rule
+            score_moved, by_scale = score_moved * (-log_scale.detach()).exp(), score_moved * moved.detach() + 1
+            if kept.shape[1]:
+                (through,) = torch.autograd.grad([log_scale, shift], kept, [by_scale, score_moved], retain_graph=True)
+                score_kept = score_kept - through
+            pushed = torch.cat([score_moved, score_kept], -1)
+            order = (self.restore, self.together)
+            return permute(y, *order), log_scale.sum(-1), permute(pushed, *order).detach()
+
+    def _parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return permute(z, self.together, self.restore).split([len(self.move), len(self.keep)], 1)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        moved, kept = y[:, self.move], y[:, self.keep]
+        moved, kept = self._parts(y)
         log_scale, shift = self._scale_and_shift(kept, context)
         z = torch.cat([(moved - shift) * (-log_scale).exp(), kept], -1)
-        return z[:, self.restore], -log_scale.sum(-1)
+        return permute(z, self.restore, self.together), -log_scale.sum(-1)
 
 
 class SplineCoupling(Transform):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from openmm_bg.flows.base import Base, Composition, Flow, wrap
+from openmm_bg.flows.base import Base, Composition, Flow, permute, wrap
 from openmm_bg.flows.coupling import AffineCoupling, alternating_masks
 from openmm_bg.flows.networks import fourier_features
 from openmm_bg.flows.torsions import AffineTorsions, SplineTorsions
@@ -52,8 +52,8 @@ class Chart(nn.Module):
         self.register_buffer("stiff", torch.tensor(stiff, dtype=torch.long), persistent=False)
         self.register_buffer("siblings", siblings, persistent=False)
         self.register_buffer("periodic", periodic, persistent=False)
-        order = torch.argsort(torch.cat([self.free, self.stiff]))
-        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("together", torch.cat([self.free, self.stiff]), persistent=False)
+        self.register_buffer("order", torch.argsort(self.together), persistent=False)
         self.register_buffer("centre", torch.zeros(len(stiff)))
 
     @torch.no_grad()
@@ -65,8 +65,8 @@ class Chart(nn.Module):
 
     def split(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """``(t, y)`` of shapes ``(batch, torsions)`` and ``(batch, stiff)``."""
-        stiff = q[:, self.stiff]
-        t = wrap(q[:, self.free] + wrap(stiff) @ self.siblings / 3)
+        free, stiff = permute(q, self.together, self.order).split([len(self.free), len(self.stiff)], 1)
+        t = wrap(free + wrap(stiff) @ self.siblings / 3)
         return t, torch.where(self.periodic, wrap(stiff - self.centre), stiff)
 
     def join(self, t: Tensor, y: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Chart(nn.Module):
         stiff = y + self.centre
         inside = ~(self.periodic & (y.abs() >= math.pi)).any(-1, keepdim=True)
         stiff = torch.where(self.periodic, wrap(stiff), stiff)
-        q = torch.cat([wrap(t - stiff @ self.siblings / 3), stiff], -1)[:, self.order]
+        q = permute(torch.cat([wrap(t - stiff @ self.siblings / 3), stiff], -1), self.order, self.together)
         return torch.where(inside, q, math.nan)
 
 
@@ -217,6 +217,14 @@ class MolecularFlow(Flow):
         """Stiff coordinates given torsions, with gradient, ``(batch, stiff)``."""
         z = self.base.sample(len(t), generator, broadened=broadened)
         return self.stiff(z, self.context(t))[0]
+
+    def draw_stiff_with_score(
+        self, t: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`draw_stiff`, with the log-density given t and its gradient with respect to y, both detached."""
+        z = self.base.sample(len(t), generator)
+        y, log_det, score = self.stiff.push_score(z, self.base.score(z), self.context(t))
+        return y, (self.base.log_prob(z) - log_det).detach(), score
 
     def log_prob_torsions(self, t: Tensor) -> Tensor:
         """Log-density of the free torsions, ``(batch,)``."""

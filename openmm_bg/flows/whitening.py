@@ -79,6 +79,9 @@ class ConditionalWhitening(Transform):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (y - self._centre(context)) @ self.inverse_root, -self.log_det.expand(len(y))
 
+    def push_score(self, z: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return *self(z, context), score @ self.inverse_root.T
+
 
 class ConditionalAffine(Transform):
     """``y = z exp(s) + t`` with s and t functions of the context alone; ``|s| <= 2``."""
@@ -98,3 +101,7 @@ class ConditionalAffine(Transform):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._scale_and_shift(y, context)
         return (y - shift) * (-log_scale).exp(), -log_scale.sum(-1)
+
+    def push_score(self, z: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        log_scale, shift = self._scale_and_shift(z, context)
+        return z * log_scale.exp() + shift, log_scale.sum(-1), score * (-log_scale.detach()).exp()

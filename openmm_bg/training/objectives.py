@@ -149,14 +149,12 @@ class ReversePath:
 
     def _molecular(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, dict[str, float]]:
         t, log_q_t, explored = self._draw_torsions(flow, step)
-        y = flow.draw_stiff(t, step.generator)
+        y, log_q_y, score = flow.draw_stiff_with_score(t, step.generator)
         leaf = y.detach().requires_grad_()
-        log_q_y = flow.log_prob_stiff(leaf, t)
-        (score,) = torch.autograd.grad(log_q_y.sum(), leaf)
         q = flow.chart.join(t, leaf)
         u, gradient_q = step.target.value_and_gradient(q.detach())
         (gradient,) = torch.autograd.grad(q, leaf, torch.where(torch.isfinite(q), gradient_q, 0.0))
-        log_w = -u - log_q_t.detach() - log_q_y.detach()
+        log_w = -u - log_q_t.detach() - log_q_y
         loss = self._path(y, gradient + score, log_w, explored)
         summary = _summary(log_w[~explored])
         if flow.torsions is not None and self.variance > 0:
@@ -188,7 +186,7 @@ class ReversePath:
             return t, t.new_zeros(n), explored
         with torch.no_grad():
             loose = round(self.explore * (1 - step.progress) * n)
-            many, log_q = flow.torsions.sample(4 * (n - loose), step.generator)
+            many, log_q = self._pool(flow, step)
             excess = -self.temper * (log_q - log_q[torch.isfinite(log_q)].median())
             keep = torch.where(torch.isfinite(log_q), excess.clamp(-8, 3).exp(), 0.0)
             chosen = torch.multinomial(keep, n - loose, generator=step.generator)
@@ -196,7 +194,7 @@ class ReversePath:
             if loose:
                 # a rotor has its three places by symmetry: nothing to find
                 places = (flow.torsions.multiplicity == 1).nonzero()[:, 0]
-                turned = many[:loose].nan_to_num()
+                turned = many[torch.randint(len(many), (loose,), generator=step.generator)].nan_to_num()
                 if len(places):
                     place = places[torch.randint(len(places), (loose, 1), generator=step.generator)]
                     anywhere = torch.rand(loose, 1, generator=step.generator, dtype=t.dtype) * 2 - 1
@@ -204,6 +202,18 @@ class ReversePath:
                 t = torch.cat([t, turned])
                 explored[n - loose :] = True
         return t, flow.log_prob_torsions(t), explored
+
+    def _pool(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor]:
+        """Draws of the torsions' density to choose from, ``4 * batch`` of them, renewed every fourth step.
+
+        They are drawn one torsion after the other, which costs little more for many than for few.
+        """
+        age = int(self.state.get("pool_age", 0))
+        if age == 0 or len(self.tensors["torsions"]) != 4 * step.batch_size:
+            torsions, log_density = flow.torsions.sample(4 * step.batch_size, step.generator)
+            self.tensors |= {"torsions": torsions, "log_density": log_density}
+        self.state["pool_age"] = (age + 1) % 4
+        return self.tensors["torsions"], self.tensors["log_density"]
 
     def _path(self, y: Tensor, score: Tensor, log_w: Tensor, explored: Tensor | None = None) -> Tensor:
         """The surrogate whose gradient is the path gradient."""

@@ -121,6 +121,29 @@ def test_log_determinant_is_autograds(case):
             torch.testing.assert_close(method(point[None], given)[1][0], expected, atol=1e-9, rtol=1e-9)
 
 
+def test_pushed_score_is_that_of_the_density_and_the_path_keeps_its_gradient(case):
+    transform, z, context, circular, _ = case
+    disturb(transform)
+    base = Base(circular.tolist(), std=1.3).double()
+    y, log_det, score = transform.push_score(z, base.score(z), context)
+    plain, plain_log_det = transform(z, context)
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(log_det, plain_log_det)
+    leaf = y.detach().requires_grad_()
+    back, inverse = transform.inverse(leaf, context)
+    (expected,) = torch.autograd.grad((base.log_prob(back) + inverse).sum(), leaf)
+    torch.testing.assert_close(score, expected, atol=1e-8, rtol=1e-8)
+    assert not score.requires_grad
+    parameters = list(transform.parameters())
+    if parameters:
+        weights = torch.randn(z.shape, generator=torch.Generator().manual_seed(5), dtype=z.dtype)
+        one, two = (torch.autograd.grad((path * weights).sum(), parameters, allow_unused=True) for path in (y, plain))
+        for a, b in zip(one, two, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+
+
 def test_gradients_reach_every_parameter(case):
     transform, z, context, _, _ = case
     disturb(transform)
