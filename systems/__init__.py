@@ -5,6 +5,7 @@ from openmm_bg.systems.densities import DoubleWell, GaussianMixture
 from openmm_bg.systems.lattice import LatticeDoubleWell
 from openmm_bg.systems.many_well import ManyWell, ManyWellDelta
 from openmm_bg.systems.molecules import IMPLICIT_FORCE_FIELD, Molecule, from_pdb
+from openmm_bg.systems.peptides import peptide
 from openmm_bg.systems.registry import describe, load, names
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "from_pdb",
     "load",
     "names",
+    "peptide",
 ]

@@ -101,9 +101,9 @@ def from_pdb(
     """
     path = Path(path)
     temperature = kelvin(temperature)
-    files = (forcefield,) if isinstance(forcefield, str) else tuple(forcefield)
     topology, positions = _read(path)
-    system = _create_system(path, topology, _force_field(files), constraints, hydrogen_mass)
+    files, field = load_force_field(forcefield)
+    system = create_system(str(path), topology, field, constraints, hydrogen_mass)
     return Molecule(
         name=name or path.stem,
         topology=topology,
@@ -136,22 +136,23 @@ def _read(path: Path) -> tuple[app.Topology, np.ndarray]:
     return pdb.topology, positions
 
 
-def _force_field(files: tuple[str, ...]) -> app.ForceField:
+def load_force_field(forcefield: str | Sequence[str]) -> tuple[tuple[str, ...], app.ForceField]:
+    """The files of a force field, and what OpenMM reads from them."""
+    files = (forcefield,) if isinstance(forcefield, str) else tuple(forcefield)
     if not files:
         raise InputError("forcefield is empty; name an OpenMM force field file, such as amber99sbildn.xml.")
     try:
-        return app.ForceField(*files)
+        return files, app.ForceField(*files)
     except Exception as error:  # OpenMM wraps what it cannot parse in a bare Exception
         named = " + ".join(map(str, files))
         raise InputError(f"The force field {named} cannot be loaded: {_sentence(error)}") from error
 
 
-def _create_system(
-    path: Path, topology: app.Topology, forcefield: app.ForceField, constraints: Any, hydrogen_mass: Any
+def create_system(
+    source: str, topology: app.Topology, forcefield: app.ForceField, constraints: Any, hydrogen_mass: Any
 ) -> openmm.System:
-    if not any(constraints is known for known in _CONSTRAINTS):
-        raise InputError(f"constraints must be None or HBonds, AllBonds or HAngles of openmm.app, not {constraints!r}.")
-    mass = None if hydrogen_mass is None else _daltons(hydrogen_mass)
+    """The System of a topology without cutoff; ``source`` names the molecule where it has to be refused."""
+    mass = check_options(constraints, hydrogen_mass)
     unmatched = forcefield.getUnmatchedResidues(topology)
     try:
         system = forcefield.createSystem(
@@ -159,17 +160,30 @@ def _create_system(
         )
     except Exception as error:  # OpenMM raises bare Exceptions for some templates
         if not unmatched:
-            raise InputError(f"The force field cannot describe {path}: {_sentence(error)}") from error
+            raise InputError(f"The force field cannot describe {source}: {_sentence(error)}") from error
         residue = unmatched[0]
         if "addHydrogens" in str(error):
             raise InputError(
-                f"Residue {_label(residue)} of {path} lacks hydrogens: add them first, for instance with "
+                f"Residue {_label(residue)} of {source} lacks hydrogens: add them first, for instance with "
                 "openmm.app.Modeller.addHydrogens or PDBFixer."
             ) from error
         reason = str(error).split(").", 1)[-1].split("For more information")[0].strip()
         raise InputError(
-            f"The force field has no template for residue {_label(residue)} of {path}: {_sentence(reason)}"
+            f"The force field has no template for residue {_label(residue)} of {source}: {_sentence(reason)}"
         ) from error
+    check_masses(topology, system, mass)
+    return system
+
+
+def check_options(constraints: Any, hydrogen_mass: Any) -> float | None:
+    """Refuse constraints that OpenMM does not know; the hydrogen mass in Da."""
+    if not any(constraints is known for known in _CONSTRAINTS):
+        raise InputError(f"constraints must be None or HBonds, AllBonds or HAngles of openmm.app, not {constraints!r}.")
+    return None if hydrogen_mass is None else _daltons(hydrogen_mass)
+
+
+def check_masses(topology: app.Topology, system: openmm.System, mass: float | None) -> None:
+    """Refuse a hydrogen mass that leaves an atom without mass."""
     for atom in topology.atoms() if mass is not None else ():
         # Repartitioning takes from the heavy atom whatever the hydrogens are given, below zero too.
         if atom.element is not None and system.getParticleMass(atom.index)._value <= 0:
@@ -177,7 +191,6 @@ def _create_system(
                 f"hydrogen_mass of {mass:g} Da leaves nothing to atom {atom.name} of residue "
                 f"{_label(atom.residue)}; choose a smaller one (up to 4 Da is usual)."
             )
-    return system
 
 
 def _daltons(hydrogen_mass: Any) -> float:

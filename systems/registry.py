@@ -13,6 +13,7 @@ from openmm_bg.systems.densities import DoubleWell, GaussianMixture, gmm2_unequa
 from openmm_bg.systems.lattice import LatticeDoubleWell
 from openmm_bg.systems.many_well import ManyWell, ManyWellDelta
 from openmm_bg.systems.molecules import Molecule, from_pdb
+from openmm_bg.systems.peptides import alanine_dipeptide_ff96, peptide
 
 from openmm_bg.energies import Energy
 from openmm_bg.errors import InputError
@@ -28,6 +29,67 @@ def _alanine_dipeptide(*, temperature: Any = 300.0, constraints: Any = None, hyd
         constraints=constraints,
         hydrogen_mass=hydrogen_mass,
         description=describe("alanine_dipeptide"),
+    )
+
+
+def _alanine_dipeptide_ff96(
+    *, temperature: Any = 300.0, constraints: Any = None, hydrogen_mass: Any = None
+) -> Molecule:
+    """ACE-ALA-NME (22 atoms) with amber96 and OBC1 implicit solvent, openmmtools' AlanineDipeptideImplicit."""
+    return alanine_dipeptide_ff96(
+        temperature=temperature,
+        constraints=constraints,
+        hydrogen_mass=hydrogen_mass,
+        description=describe("alanine_dipeptide_ff96"),
+    )
+
+
+def _alanine_tetrapeptide(*, temperature: Any = 300.0, constraints: Any = None, hydrogen_mass: Any = None) -> Molecule:
+    """ACE-ALA-ALA-ALA-NME (42 atoms) with amber99sbildn and amber99_obc implicit solvent."""
+    return peptide(
+        "ACE ALA ALA ALA NME",
+        temperature=temperature,
+        constraints=constraints,
+        hydrogen_mass=hydrogen_mass,
+        name="alanine_tetrapeptide",
+        description=describe("alanine_tetrapeptide"),
+    )
+
+
+def _alanine_hexapeptide(*, temperature: Any = 300.0, constraints: Any = None, hydrogen_mass: Any = None) -> Molecule:
+    """ACE-ALA-ALA-ALA-ALA-ALA-NME (62 atoms) with amber99sbildn and amber99_obc implicit solvent."""
+    return peptide(
+        "ACE ALA ALA ALA ALA ALA NME",
+        temperature=temperature,
+        constraints=constraints,
+        hydrogen_mass=hydrogen_mass,
+        name="alanine_hexapeptide",
+        description=describe("alanine_hexapeptide"),
+    )
+
+
+def _elil(*, temperature: Any = 300.0, constraints: Any = None, hydrogen_mass: Any = None) -> Molecule:
+    """GLU-LEU-ILE-LEU with charged ends (75 atoms), amber99sbildn and amber99_obc implicit solvent."""
+    return peptide(
+        "GLU LEU ILE LEU",
+        temperature=temperature,
+        constraints=constraints,
+        hydrogen_mass=hydrogen_mass,
+        name="elil",
+        description=describe("elil"),
+    )
+
+
+def _chignolin(*, temperature: Any = 310.0, constraints: Any = None, hydrogen_mass: Any = None) -> Molecule:
+    """GLY-TYR-ASP-PRO-GLU-THR-GLY-THR-TRP-GLY with charged ends (138 atoms), amber14 and OBC1 implicit solvent."""
+    return peptide(
+        "GLY TYR ASP PRO GLU THR GLY THR TRP GLY",
+        forcefield=("amber14-all.xml", "implicit/obc1.xml"),
+        temperature=temperature,
+        constraints=constraints,
+        hydrogen_mass=hydrogen_mass,
+        name="chignolin",
+        description=describe("chignolin"),
     )
 
 
@@ -93,6 +155,11 @@ def _lj13(*, well_depth: float = 1.0) -> LennardJonesCluster:
 
 _TARGETS: dict[str, Callable[..., Molecule | Energy]] = {
     "alanine_dipeptide": _alanine_dipeptide,
+    "alanine_dipeptide_ff96": _alanine_dipeptide_ff96,
+    "alanine_tetrapeptide": _alanine_tetrapeptide,
+    "alanine_hexapeptide": _alanine_hexapeptide,
+    "elil": _elil,
+    "chignolin": _chignolin,
     "double_well": _double_well,
     "gmm40": _gmm40,
     "gmm4": _gmm4,
