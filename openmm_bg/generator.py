@@ -216,7 +216,7 @@ class BoltzmannGenerator(nn.Module):
         x = self._batch(positions)
         if self.coordinates is not None and not self.informed:
             self._handed_as(x)
-        self._initialize(self._shapes(x))
+        self._initialize(self._shapes(x)[0])
 
     def _handed_as(self, x: Tensor) -> None:
         """Take chirality and hydrogen labels from the first conformation that has a shape."""
@@ -227,21 +227,25 @@ class BoltzmannGenerator(nn.Module):
             settings["half_turns"] = half_turns_from(self.coordinates.zmatrix, reference).tolist()
             self.coordinates = InternalCoordinates.from_config(settings)
 
-    def _shapes(self, x: Tensor) -> Tensor:
-        """The coordinates of the flow, ``(m, dimension)``, of the conformations that lie in the support."""
+    def _shapes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The coordinates of the flow, ``(m, dimension)``, of the conformations that lie in the support, and which."""
         if len(x) == 0:
             raise InputError("The data hold zero conformations.")
         if self.coordinates is None:
-            q = x[torch.isfinite(x).all(-1)]
+            inside = torch.isfinite(x).all(-1)
+            q = x[inside]
         else:
-            pairs = [self.coordinates(part) for part in x.split(_CHUNK)]
-            q = torch.cat([q[torch.isfinite(log_volume)] for q, log_volume in pairs])
+            q, log_volume = (
+                torch.cat(column) for column in zip(*(self.coordinates(part) for part in x.split(_CHUNK)), strict=True)
+            )
+            inside = torch.isfinite(log_volume)
+            q = q[inside]
         if len(q) == 0:
             raise InputError(
                 "No conformation of the data is finite and has the chirality, hydrogen labels and constrained bond "
                 "lengths of this generator; check that data and generator are of the same molecule."
             )
-        return q
+        return q, inside
 
     def _initialize(self, q: Tensor) -> None:
         if not isinstance(self.flow, MolecularFlow):

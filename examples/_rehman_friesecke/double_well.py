@@ -7,13 +7,12 @@ import numpy as np
 import torch
 
 import openmm_bg as bg
-from _rehman_friesecke.forward_path import ForwardPath
 from _rehman_friesecke.metrics import PLANE, plane_w2
 from _rehman_friesecke.tables import Row, distance_row
 from openmm_bg.analysis import energy_w2, measure
 from openmm_bg.flows import RealNVP
 from openmm_bg.sampling import effective_sample_size, forward_effective_sample_size
-from openmm_bg.training import MaximumLikelihood, Settings, Stage, Trainer
+from openmm_bg.training import ForwardPath, MaximumLikelihood, Settings, Stage, Trainer
 
 FORMS = {"masked": (128,), "split": (64,)}
 FRAMES = 600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -16,11 +17,13 @@ class Target:
     Counts what it evaluates in ``evaluations``.
     """
 
-    def __init__(self, generator: BoltzmannGenerator, dtype: torch.dtype):
+    def __init__(self, generator: BoltzmannGenerator, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.energy = generator.energy
+        if torch.device(device).type != "cpu":
+            self.energy = copy.deepcopy(self.energy).to(device)
         self.coordinates = None
         if generator.coordinates is not None:
-            self.coordinates = type(generator.coordinates).from_config(generator.coordinates.config()).to(dtype)
+            self.coordinates = type(generator.coordinates).from_config(generator.coordinates.config()).to(device, dtype)
         self.evaluations = 0
 
     def value_and_gradient(self, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,3 +51,11 @@ class Target:
             return self.energy(q)
         x, log_volume = self.coordinates.inverse(q)
         return torch.where(torch.isfinite(log_volume), self.energy(x) - log_volume, math.inf)
+
+    @torch.no_grad()
+    def from_energies(self, q: Tensor, energy: Tensor) -> Tensor:
+        """What :meth:`value` gives, from reduced energies ``(n,)`` that are known already: nothing is evaluated."""
+        if self.coordinates is None:
+            return energy
+        _, log_volume = self.coordinates.inverse(q)
+        return torch.where(torch.isfinite(log_volume), energy - log_volume, math.inf)

@@ -1,17 +1,24 @@
 """How a generator learns: one trainer, objectives, the default recipe."""
 
 from openmm_bg.generator import BoltzmannGenerator
+from openmm_bg.training.budget import Budget
 from openmm_bg.training.fit import fit, relabel_rotors, to_flow_coordinates
+from openmm_bg.training.forward import ForwardPath
 from openmm_bg.training.gradient_flow import GradientFlowResidual, NoisedEnergy
-from openmm_bg.training.objectives import LogVariance, MaximumLikelihood, Objective, ReversePath
+from openmm_bg.training.mass_transport import ConstrainedMassTransport, Transport, transport
+from openmm_bg.training.objectives import LogVariance, MaximumLikelihood, Objective
 from openmm_bg.training.paths import ContinuityResidual
+from openmm_bg.training.reverse import ReversePath
 from openmm_bg.training.trainer import Settings, Stage, Trainer, TrainingResult
 
 # the method lives up here because a generator must not know how it is trained
 BoltzmannGenerator.fit = fit
 
 __all__ = [
+    "Budget",
+    "ConstrainedMassTransport",
     "ContinuityResidual",
+    "ForwardPath",
     "GradientFlowResidual",
     "LogVariance",
     "NoisedEnergy",
@@ -22,7 +29,9 @@ __all__ = [
     "Stage",
     "Trainer",
     "TrainingResult",
+    "Transport",
     "fit",
     "relabel_rotors",
     "to_flow_coordinates",
+    "transport",
 ]

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from openmm import unit
 from torch import Tensor
 
 from openmm_bg.errors import InputError
-from openmm_bg.flows import ContinuousFlow
+from openmm_bg.flows import ContinuousFlow, MolecularFlow
 from openmm_bg.generator import BoltzmannGenerator
-from openmm_bg.training.objectives import MaximumLikelihood, Objective, ReversePath
+from openmm_bg.training.budget import Budget
+from openmm_bg.training.mass_transport import ConstrainedMassTransport
+from openmm_bg.training.objectives import MaximumLikelihood, Objective
 from openmm_bg.training.paths import ContinuityResidual
+from openmm_bg.training.reverse import ReversePath
 from openmm_bg.training.trainer import Settings, Stage, Trainer, TrainingResult
+from openmm_bg.units import thermal_energy
+
+_WITHOUT_END = 10**9  # steps of a stage that a budget ends
 
 
 def relabel_rotors(positions: np.ndarray, rotors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -66,23 +74,31 @@ def to_flow_coordinates(generator: BoltzmannGenerator, positions: Any, rng: np.r
     InputError
         If the positions have another shape than the generator's, or if none is in its support.
     """
+    data, inside = _flow_coordinates(generator, positions, rng)
+    return data, int((~inside).sum())
+
+
+def _flow_coordinates(generator: BoltzmannGenerator, positions: Any, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The same, and which frames lie in the support."""
     x = generator._batch(positions)
     if generator.coordinates is not None and generator.coordinates.zmatrix.rotors:
         zmatrix = generator.coordinates.zmatrix
         hydrogens = np.array([[zmatrix.torsions[row][0] for row in rotor] for rotor in zmatrix.rotors])
         x = torch.as_tensor(relabel_rotors(x.numpy(), hydrogens, rng))
-    data = generator._shapes(x)
-    return data, len(x) - len(data)
+    return generator._shapes(x)
 
 
 def fit(
     generator: BoltzmannGenerator,
     data: Any = None,
     *,
+    energies: Any = None,
     steps: int = 8000,
     likelihood_steps: int | None = None,
+    transport_steps: int | None = None,
     energy: bool = True,
-    objective: Objective | None = None,
+    objective: Objective | Sequence[tuple[float, Objective]] | None = None,
+    budget: Budget | str | None = None,
     settings: Settings | None = None,
     seed: int = 0,
     log: Any = None,
@@ -93,7 +109,8 @@ def fit(
     """Train a generator on data, on its energy, or on both.
 
     With both, maximum likelihood brings the flow near the data, then path gradients on its own samples make it exact
-    where it is, while log-variance and a fading likelihood of the torsions keep the weights of the basins.
+    where it is, while log-variance and a fading likelihood of the torsions keep the weights of the basins. Without data
+    the flow of a molecule is first carried to the target by :class:`ConstrainedMassTransport`.
 
     Parameters
     ----------
@@ -101,16 +118,23 @@ def fit(
         Trained in place; ``provenance`` records how.
     data : array or Quantity, (n, atoms, 3), optional
         Conformations at the generator's temperature, nm (``(n, dimension)`` without coordinates).
+    energies : array or Quantity, (n,), optional
+        Potential energies of the data in kJ/mol (reduced energies for a generator without a molecule), for objectives
+        that use them; where they are not given they are evaluated.
     steps : int
         Steps on the energy, of ``settings.batch_size`` evaluations each.
     likelihood_steps : int, optional
         Steps of maximum likelihood before them; default 400 with data (more would overfit), or all
         where ``energy`` is False.
+    transport_steps : int, optional
+        Most steps of mass transport before them; default 24,000 for a molecule without data, else none.
     energy : bool
         Whether to use the energy at all.
-    objective : Objective, optional
-        How the energy is learned: by default :class:`ReversePath`, for a continuous flow
+    objective : Objective or sequence of (float, Objective), optional
+        How the energy is learned, or a weighted sum of several: by default :class:`ReversePath`, for a continuous flow
         :class:`ContinuityResidual`.
+    budget : Budget or str, optional
+        Time or evaluations to spend in place of a number of steps: "10min", "1e7".
     settings, seed, log, checkpoint, resume, progress
         See :class:`Trainer`.
 
@@ -145,12 +169,19 @@ def fit(
         raise InputError("There is nothing to train on: pass data, or a generator with an energy.")
     if data is None and likelihood_steps:
         raise InputError("likelihood_steps need data to be likely; pass some, or train on the energy alone.")
+    if data is None and energies is not None:
+        raise InputError("energies belong to data; pass those, too.")
+    if isinstance(budget, str):
+        budget = Budget.parse(budget)
     rng = np.random.default_rng(seed)
-    rows, lost = None, 0
+    rows, known, lost = None, None, 0
     if data is not None:
         if not generator.informed:
             generator.inform(data)
-        rows, lost = to_flow_coordinates(generator, data, rng)
+        rows, inside = _flow_coordinates(generator, data, rng)
+        lost = int((~inside).sum())
+        if energies is not None:
+            known = _reduced(generator, energies, inside)
         if lost:
             warnings.warn(
                 f"{lost} of {lost + len(rows)} frames are left out: another chirality, other hydrogen labels, broken "
@@ -159,21 +190,10 @@ def fit(
             )
         generator._initialize(rows)
     generator._check_informed()
-    if likelihood_steps is None:
-        likelihood_steps = 0 if rows is None else (400 if energy else steps)
-    stages = []
-    if rows is not None:
-        stages.append(Stage("likelihood", likelihood_steps, [(1.0, MaximumLikelihood())]))
-    if energy:
-        if objective is None:
-            objective = ContinuityResidual() if isinstance(generator.flow, ContinuousFlow) else ReversePath()
-        terms: list = [(1.0, objective)]
-        if rows is not None:
-            terms.append((0.02, MaximumLikelihood(torsions_only=True, fade=True)))
-        stages.append(Stage("energy", steps, terms))
+    stages = _stages(generator, rows is not None, energy, objective, steps, likelihood_steps, transport_steps, budget)
     trainer = Trainer(
-        generator, stages, rows, settings=settings, seed=seed, log=log, checkpoint=checkpoint, resume=resume,
-        progress=progress,
+        generator, stages, rows, energies=known, budget=budget, settings=settings, seed=seed, log=log,
+        checkpoint=checkpoint, resume=resume, progress=progress,
     )  # fmt: skip
     try:
         return trainer.run()
@@ -182,12 +202,57 @@ def fit(
         generator.provenance["training"] = {
             "frames": 0 if rows is None else len(rows),
             "frames_outside_support": lost,
-            "stages": [[stage.name, stage.steps] for stage in trainer.stages],
+            "stages": [[stage.name, planned] for stage, planned in zip(trainer.stages, trainer.planned, strict=True)],
             "batch_size": trainer.settings.batch_size,
             "learning_rate": trainer.settings.learning_rate,
             "seed": seed,
             "steps": result.steps,
             "skipped": result.skipped,
+            "rollbacks": result.rollbacks,
             "evaluations": result.evaluations,
             "seconds": round(result.seconds, 1),
         }
+
+
+def _stages(
+    generator: BoltzmannGenerator,
+    data: bool,
+    energy: bool,
+    objective: Objective | Sequence[tuple[float, Objective]] | None,
+    steps: int,
+    likelihood_steps: int | None,
+    transport_steps: int | None,
+    budget: Budget | None,
+) -> list[Stage]:
+    """The default recipe, as far as nothing else was asked for."""
+    if budget is not None:
+        steps = _WITHOUT_END
+    if likelihood_steps is None:
+        likelihood_steps = 0 if not data else (400 if energy else steps)
+    if transport_steps is None:
+        alone = not data and objective is None and isinstance(generator.flow, MolecularFlow)
+        transport_steps = 24_000 if alone else 0
+    stages = []
+    if data:
+        stages.append(Stage("likelihood", likelihood_steps, [(1.0, MaximumLikelihood())]))
+    if energy and transport_steps:
+        stages.append(Stage("transport", transport_steps, [(1.0, ConstrainedMassTransport())], rate=1e-3))
+    if energy:
+        if objective is None:
+            objective = ContinuityResidual() if isinstance(generator.flow, ContinuousFlow) else ReversePath()
+        terms: list = [(1.0, objective)] if callable(objective) else list(objective)
+        if data:
+            terms.append((0.02, MaximumLikelihood(torsions_only=True, fade=True)))
+        stages.append(Stage("energy", steps, terms))
+    return stages
+
+
+def _reduced(generator: BoltzmannGenerator, energies: Any, inside: Tensor) -> Tensor:
+    """Reduced energies of the frames inside the support."""
+    if unit.is_quantity(energies):
+        energies = energies.value_in_unit(unit.kilojoules_per_mole)
+    values = torch.as_tensor(np.asarray(energies, dtype=np.float64))
+    if values.shape != inside.shape:
+        raise InputError(f"There are {len(inside)} conformations, but energies of shape {tuple(values.shape)}.")
+    scale = 1.0 if generator.temperature is None else thermal_energy(generator.temperature)
+    return values[inside] / scale

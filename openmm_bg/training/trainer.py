@@ -25,16 +25,29 @@ from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.sampling.metropolis import independence_acceptance
 from openmm_bg.sampling.reweighting import effective_sample_size
 from openmm_bg.sampling.target import Target
+from openmm_bg.training.budget import Budget
 from openmm_bg.training.objectives import Objective, Step, check_needs
+from openmm_bg.training.watch import Watch
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps under one weighted sum of objectives."""
+    """Some steps under one weighted sum of objectives.
+
+    Attributes
+    ----------
+    name : str
+    steps : int
+        At most: an objective that sets ``state["finished"]`` ends its stage.
+    terms : sequence of (float, Objective)
+    rate : float or None
+        A constant learning rate. None follows the cosine that the stages without a rate of their own share.
+    """
 
     name: str
     steps: int
     terms: Sequence[tuple[float, Objective]]
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,8 @@ class Settings:
     checkpoint_seconds : float
     dtype : torch.dtype
         Of the training arithmetic; the generator itself stays float64.
+    device : str
+        Where training happens, "cpu" or "cuda"; the generator stays on the CPU.
     """
 
     batch_size: int = 512
@@ -69,6 +84,7 @@ class Settings:
     validation_size: int = 8192
     checkpoint_seconds: float = 60.0
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
 
 @dataclass
@@ -83,6 +99,8 @@ class TrainingResult:
     steps, skipped, evaluations : int
         Steps taken, steps skipped because something was not finite, energy evaluations.
     seconds : float
+    rollbacks : int
+        How often training had diverged and went back to its last good state with half the learning rate.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -90,6 +108,7 @@ class TrainingResult:
     skipped: int = 0
     evaluations: int = 0
     seconds: float = 0.0
+    rollbacks: int = 0
 
 
 class Trainer:
@@ -102,6 +121,10 @@ class Trainer:
     stages : sequence of Stage
     data : Tensor, (n, dimension), optional
         Training data in the coordinates of the flow.
+    energies : Tensor, (n,), optional
+        What is known of their reduced energies u(x) already; objectives that need more evaluate it, once.
+    budget : Budget, optional
+        Stop where it is spent, with the best weights so far; the learning rate follows what is left of it.
     settings : Settings
     seed : int
     log : path-like, optional
@@ -125,6 +148,8 @@ class Trainer:
         stages: Sequence[Stage],
         data: Tensor | None = None,
         *,
+        energies: Tensor | None = None,
+        budget: Budget | None = None,
         settings: Settings | None = None,
         seed: int = 0,
         log: Any = None,
@@ -141,19 +166,23 @@ class Trainer:
         if not self.stages:
             raise InputError("There is nothing to train: every stage has zero steps.")
         dtype = self.settings.dtype
-        self.data = None if data is None else data.to(dtype)
-        self.target = None if generator.energy is None else Target(generator, dtype)
-        self.flow = copy.deepcopy(generator.flow).to(dtype).train()
+        self.device = _device(self.settings.device)
+        self.budget = budget
+        self.target = None if generator.energy is None else Target(generator, dtype, self.device)
+        self.data = None if data is None else data.to(self.device, dtype)
+        self.labels = _Labels(self.data, energies, self.target)
+        self.flow = copy.deepcopy(generator.flow).to(self.device, dtype).train()
         self.average = copy.deepcopy(self.flow).requires_grad_(False)
         self.best: dict[str, Tensor] | None = None
         self.best_score = -math.inf
-        self.random = torch.Generator().manual_seed(seed)
+        self.random = torch.Generator(self.device).manual_seed(seed)
         # validation draws its own numbers: how often one looks does not change what is learned
-        self.validation_random = torch.Generator().manual_seed(seed + 1_000_003)
+        self.validation_random = torch.Generator(self.device).manual_seed(seed + 1_000_003)
         self.optimizer = torch.optim.Adam(
             self.flow.parameters(), lr=self.settings.learning_rate, betas=self.settings.betas
         )
-        self.total = sum(stage.steps for stage in self.stages)
+        self.planned = [stage.steps for stage in self.stages]
+        self.watch = Watch(self._weights())
         self.result = TrainingResult()
         self.log = None if log is None else Path(log)
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -161,6 +190,7 @@ class Trainer:
             "stages": [[stage.name, stage.steps] for stage in self.stages],
             "settings": {k: str(v) for k, v in asdict(self.settings).items() if k != "checkpoint_seconds"},
             "data": None if data is None else list(data.shape),
+            "budget": None if budget is None else [budget.seconds, budget.evaluations],
             "seed": seed,
         }
         if resume and self.checkpoint is not None and self.checkpoint.exists():
@@ -170,32 +200,30 @@ class Trainer:
             self.log.write_text("")
 
     def run(self) -> TrainingResult:
-        """Train to the end of the last stage, or go on from where a checkpoint left off."""
+        """Train to the end of the last stage or of the time, or go on from where a checkpoint left off."""
         started = time.perf_counter() - self.result.seconds
         saved = time.perf_counter()
         before = self._volatile()
-        ends = _cumulative([stage.steps for stage in self.stages])
         bar = tqdm(
             total=self.total, initial=self.result.steps, desc="training", unit="step",
             disable=None if self.progress else True, dynamic_ncols=True, mininterval=1.0,
         )  # fmt: skip
         try:
             while self.result.steps < self.total:
-                number = next(i for i, end in enumerate(ends) if self.result.steps < end)
+                number = self._stage()
                 before = self._volatile()
-                record, usable = self._gradient(self.stages[number], ends[number] - self.stages[number].steps)
+                record, usable = self._gradient(number)
                 with _held_interrupts():
                     self._update(usable)
+                    self._close_finished(number, bar)
                     before = self._volatile()
                     self.result.seconds = time.perf_counter() - started
                     self.result.evaluations = self.target.evaluations if self.target else 0
                     bar.update()
-                    last = self.result.steps == self.total
-                    if self.target and (self.result.steps % self.settings.validate_every == 0 or last):
-                        record |= self._validate(final=number == len(self.stages) - 1)
-                        bar.set_postfix_str(f"{self.stages[number].name}, ESS {record['ess']:.3f}")
-                    if self.result.steps % 50 == 0 or "ess" in record:
-                        self._record(record)
+                    spent = self._spent() >= 1
+                    self._look(number, record, spent or self.result.steps >= self.total, bar)
+                if spent:
+                    break
                 if self.checkpoint and time.perf_counter() - saved > self.settings.checkpoint_seconds:
                     self._save()
                     saved = time.perf_counter()
@@ -211,6 +239,73 @@ class Trainer:
         if self.checkpoint:
             self._save()
         return self.result
+
+    @property
+    def total(self) -> int:
+        """Steps of all stages, as far as is known by now."""
+        return sum(self.planned)
+
+    def _spent(self) -> float:
+        """The share of the budget that is spent; 0 without one."""
+        if self.budget is None:
+            return 0.0
+        return self.budget.spent(self.result.seconds, self.result.evaluations)
+
+    def _stage(self) -> int:
+        """Which stage the next step belongs to."""
+        return next(i for i, end in enumerate(_cumulative(self.planned)) if self.result.steps < end)
+
+    def _close_finished(self, number: int, bar: tqdm) -> None:
+        """End a stage whose objective says that it has nothing left to do."""
+        if any(objective.state.get("finished") for _, objective in self.stages[number].terms):
+            self.planned[number] = self.result.steps - sum(self.planned[:number])
+            bar.total = self.total
+
+    def _look(self, number: int, record: dict[str, Any], last: bool, bar: tqdm) -> None:
+        """Validate, log, and go back where training has diverged."""
+        stage = self.stages[number]
+        due = last or self.result.steps % self.settings.validate_every == 0
+        score = None
+        if self.target and due:
+            record |= self._validate(final=number == len(self.stages) - 1)
+            bar.set_postfix_str(f"{stage.name}, ESS {record['ess']:.3f}")
+            if any(objective.needs_energy for _, objective in stage.terms):
+                score = record["ess_clipped"]
+        if self.watch.lost(number, score):
+            self._roll_back(record)
+        elif due:
+            self.watch.keep(number, score, self._weights())
+        if self.result.steps % 50 == 0 or "ess" in record or "rolled_back" in record:
+            self._record(record)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Everything that a step of the optimiser changes."""
+        tensors: dict[str, Tensor] = {}
+        for name, module in {"flow": self.flow, "average": self.average}.items():
+            tensors |= {f"{name}.{key}": t.detach().clone() for key, t in module.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{key}": torch.as_tensor(value).clone() for key, value in state.items()}
+        return tensors
+
+    def _set_weights(self, tensors: dict[str, Tensor]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"flow": {}, "average": {}}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            head, _, rest = name.partition(".")
+            if head == "adam":
+                number, _, key = rest.partition(".")
+                moments.setdefault(int(number), {})[key] = tensor.clone()
+            else:
+                parts[head][rest] = tensor
+        self.flow.load_state_dict(parts["flow"])
+        self.average.load_state_dict(parts["average"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+
+    def _roll_back(self, record: dict[str, Any]) -> None:
+        self._set_weights(self.watch.good)
+        self.watch.rolled_back()
+        self.result.rollbacks += 1
+        record |= {"rolled_back": self.result.rollbacks, "rate_factor": self.watch.factor}
 
     def _volatile(self) -> tuple[Tensor, list[dict[str, float]], list[dict[str, Tensor]], int]:
         """What computing a gradient changes."""
@@ -229,22 +324,36 @@ class Trainer:
         if self.target:
             self.target.evaluations = evaluations
 
-    def _gradient(self, stage: Stage, start: int) -> tuple[dict[str, Any], bool]:
-        """Loss and gradient of one step: a record for the log, and whether all of it is finite."""
-        settings, done = self.settings, self.result.steps
-        rate = 0.5 * (1 + math.cos(math.pi * done / self.total)) * settings.learning_rate
-        rate *= min(1.0, (done + 1) / max(1.0, settings.warmup * self.total))
+    def _pace(self, number: int) -> tuple[float, float]:
+        """Learning rate and progress of the next step."""
+        settings, stage, done = self.settings, self.stages[number], self.result.steps
+        start = sum(self.planned[:number])
+        if stage.rate is not None:
+            rate, progress = stage.rate, (done - start) / self.planned[number]
+        else:
+            shared = [n if s.rate is None else 0 for s, n in zip(self.stages, self.planned, strict=True)]
+            progress = max((sum(shared[:number]) + done - start) / sum(shared), self._spent())
+            rate = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))) * settings.learning_rate
+        # a budget does not say how many steps it will be: the warm-up is then by the share that is spent
+        whole = self.total if self.budget is None else (done + 1) / max(self._spent(), 1e-9)
+        rate *= min(1.0, (done + 1) / max(1.0, settings.warmup * whole))
         if start > 0:
-            rate *= min(1.0, (done - start + 1) / max(1.0, settings.ramp * self.total))
+            rate *= min(1.0, (done - start + 1) / max(1.0, settings.ramp * whole))
+        return rate * self.watch.factor, progress
+
+    def _gradient(self, number: int) -> tuple[dict[str, Any], bool]:
+        """Loss and gradient of one step: a record for the log, and whether all of it is finite."""
+        settings, stage = self.settings, self.stages[number]
+        rate, progress = self._pace(number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         step = Step(
             self.flow, self.target, self._draw if self.data is not None else None,
-            settings.batch_size, done / self.total, self.random,
+            settings.batch_size, progress, self.random, self._draw_labelled if self.data is not None else None,
         )  # fmt: skip
-        record: dict[str, Any] = {"step": done + 1, "stage": stage.name, "rate": rate}
+        record: dict[str, Any] = {"step": self.result.steps + 1, "stage": stage.name, "rate": rate}
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), dtype=settings.dtype)
+        loss = torch.zeros((), dtype=settings.dtype, device=self.device)
         for weight, objective in stage.terms:
             term, numbers = objective(step)
             loss = loss + weight * term
@@ -264,14 +373,22 @@ class Trainer:
             # an average over fewer steps than its own memory would still hold the start
             decay = min(self.settings.average, (1 + done) / (10 + done))
             with torch.no_grad():
-                for slow, fast in zip(self.average.parameters(), self.flow.parameters(), strict=True):
-                    slow.lerp_(fast, 1 - decay)
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.flow.parameters()), 1 - decay)
         else:
             self.result.skipped += 1
+        self.watch.step(usable)
         self.result.steps += 1
 
+    def _rows(self, n: int) -> Tensor:
+        return torch.randint(len(self.data), (n,), generator=self.random, device=self.device)
+
     def _draw(self, n: int) -> Tensor:
-        return self.data[torch.randint(len(self.data), (n,), generator=self.random)]
+        return self.data[self._rows(n)]
+
+    def _draw_labelled(self, n: int, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        rows = self._rows(n)
+        u, slope = self.labels(gradient)
+        return self.data[rows], u[rows], slope[rows] if gradient else None
 
     @torch.no_grad()
     def _validate(self, *, final: bool) -> dict[str, float]:
@@ -308,30 +425,30 @@ class Trainer:
                 parameter.copy_(weights[name])
 
     def _save(self) -> None:
-        tensors: dict[str, Tensor] = {
+        tensors = self._weights()
+        tensors |= {
             "random": self.random.get_state(),
             "validation_random": self.validation_random.get_state(),
         }
-        for name, module in {"flow": self.flow, "average": self.average}.items():
-            tensors |= {f"{name}.{key}": t for key, t in module.state_dict().items()}
         tensors |= {f"generator.{key}": t for key, t in self.generator.flow.state_dict().items()}
-        if self.best is not None:
-            tensors |= {f"best.{key}": t for key, t in self.best.items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        tensors |= {f"best.{key}": t for key, t in (self.best or {}).items()}
+        tensors |= {f"good.{key}": t for key, t in self.watch.good.items()}
         for number, objective in enumerate(self.objectives):
             tensors |= {f"objective.{number}.{key}": t for key, t in objective.tensors.items()}
         header = {
             "identity": self.identity,
+            "planned": self.planned,
             "steps": self.result.steps,
             "skipped": self.result.skipped,
+            "rollbacks": self.result.rollbacks,
             "seconds": self.result.seconds,
             "evaluations": self.target.evaluations if self.target else 0,
             "best_score": None if math.isinf(self.best_score) else self.best_score,
+            "watch": self.watch.numbers(),
             "objectives": [objective.state for objective in self.objectives],
             "history": self.result.history,
         }
-        tensors = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         write_atomically(self.checkpoint, save(tensors, {"training": json.dumps(header)}))
 
     def _load(self) -> None:
@@ -347,31 +464,30 @@ class Trainer:
                     f"{self.checkpoint} belongs to a run with other {' and '.join(other)}; resume with the same, or "
                     "delete it to start anew."
                 )
-            parts: dict[str, dict[str, Tensor]] = {"flow": {}, "average": {}, "generator": {}, "best": {}}
-            moments: dict[int, dict[str, Tensor]] = {}
+            parts: dict[str, dict[str, Tensor]] = {"generator": {}, "best": {}, "good": {}}
+            weights: dict[str, Tensor] = {}
             kept: list[dict[str, Tensor]] = [{} for _ in self.objectives]
             for name, tensor in tensors.items():
                 head, _, rest = name.partition(".")
                 if head in parts:
                     parts[head][rest] = tensor
-                elif head == "adam":
-                    number, _, key = rest.partition(".")
-                    moments.setdefault(int(number), {})[key] = tensor
+                elif head in ("flow", "average", "adam"):
+                    weights[name] = tensor
                 elif head == "objective":
                     number, _, key = rest.partition(".")
-                    kept[int(number)][key] = tensor
-            self.flow.load_state_dict(parts["flow"])
-            self.average.load_state_dict(parts["average"])
+                    kept[int(number)][key] = tensor.to(self.device)
+            self._set_weights(weights)
             self.generator.flow.load_state_dict(parts["generator"])
-            state = self.optimizer.state_dict()
-            self.optimizer.load_state_dict({**state, "state": moments})
             self._restore((tensors["random"], header["objectives"], kept, header["evaluations"]))
             self.validation_random.set_state(tensors["validation_random"])
             self.best = parts["best"] or None
             self.best_score = -math.inf if header["best_score"] is None else header["best_score"]
+            self.watch = Watch(parts["good"], **header["watch"])
+            self.planned = list(header["planned"])
             self.result = TrainingResult(
-                header["history"], header["steps"], header["skipped"], header["evaluations"], header["seconds"]
-            )
+                header["history"], header["steps"], header["skipped"], header["evaluations"], header["seconds"],
+                header["rollbacks"],
+            )  # fmt: skip
         except (SafetensorError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -381,6 +497,38 @@ class Trainer:
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.log.write_text("".join(json.dumps(r) + "\n" for r in header["history"]))
+
+
+class _Labels:
+    """Energies of the data, found once, when an objective first asks."""
+
+    def __init__(self, data: Tensor | None, energies: Tensor | None, target: Target | None):
+        self.data, self.target = data, target
+        self.value: Tensor | None = None
+        self.gradient: Tensor | None = None
+        if data is not None and energies is not None and target is not None:
+            self.value = target.from_energies(data, energies.to(data))
+
+    def __call__(self, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        if self.target is None:
+            raise InputError("The energies of the data are needed, but the generator has no energy.")
+        if gradient and self.gradient is None:
+            pairs = [self.target.value_and_gradient(part) for part in self.data.split(4096)]
+            self.value, self.gradient = (torch.cat(column) for column in zip(*pairs, strict=True))
+        elif self.value is None:
+            self.value = torch.cat([self.target.value(part) for part in self.data.split(4096)])
+        return self.value, self.gradient
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"There is no device {name!r} to train on ({str(error).splitlines()[0]}); use 'cpu'."
+        ) from None
+    return device
 
 
 @contextmanager

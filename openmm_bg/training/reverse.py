@@ -1,0 +1,178 @@
+"""Reverse divergences by path gradients, on the flow's own samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from openmm_bg.flows import MolecularFlow
+from openmm_bg.training.objectives import Step
+
+
+@dataclass
+class ReversePath:
+    """Reverse divergences by path gradients, with the weights of basins learned by log-variance.
+
+    For samples ``y = f(z)`` the gradient flows through the path y alone, ``c (grad log q - grad log p)(y) . dy``: its
+    variance vanishes where q = p (Roeder et al., 2017; Vaitl et al., 2022). ``c = w^power`` gives the f-divergence with
+    ``phi''(w) = w^(power - 2)``: 0 is reverse Kullback-Leibler, 1/2 lies between, 1 is forward.
+
+    Path gradients cannot see the relative weights of separate basins, so for a :class:`MolecularFlow` they
+    train the stiff coordinates given the torsions, and the torsions' density follows ``variance`` times the
+    variance of log w (Richter et al., 2020), which is zero only where every basin has its right weight.
+
+    Torsions are drawn from ``q^(1 - temper)``, so that rare regions are trained. A share of them has one torsion
+    turned anywhere: the stiff coordinates learn what follows there, and where that proves probable (a cis peptide
+    bond that the data never showed) the torsions' density grows.
+
+    Parameters
+    ----------
+    power, cap
+        Exponent of the weights, and the largest weight relative to their mean.
+    variance : float
+        Factor of the log-variance of the torsions.
+    window : float
+        Samples whose log-weight is further than this below the median are left out of the log-variance, those
+        further above enter linearly.
+    temper, explore : float
+        Flattening of the torsions drawn, and the share of samples with a torsion turned anywhere, which fades
+        over the run.
+    reach : float
+        Such samples train the stiff coordinates with at least weight ``explored_weight`` while their log-weight
+        is no further than this below the median: beyond, atoms overlap.
+    """
+
+    power: float = 0.5
+    cap: float = 5.0
+    variance: float = 0.25
+    window: float = 6.0
+    temper: float = 0.4
+    explore: float = 0.08
+    explored_weight: float = 0.3
+    reach: float = 25.0
+    needs_data: bool = field(default=False, init=False)
+    needs_energy: bool = field(default=True, init=False)
+    state: dict[str, float] = field(default_factory=dict, init=False)
+    tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
+        if isinstance(step.flow, MolecularFlow):
+            return self._molecular(step.flow, step)
+        y = step.flow.rsample(step.batch_size, step.generator)
+        leaf = y.detach().requires_grad_()
+        log_q = step.flow.log_prob(leaf)
+        (score,) = torch.autograd.grad(log_q.sum(), leaf)
+        u, gradient = step.target.value_and_gradient(leaf.detach())
+        log_w = -u - log_q.detach()
+        return self._path(y, gradient + score, log_w), _summary(log_w)
+
+    def _molecular(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, dict[str, float]]:
+        t, log_q_t, explored = self._draw_torsions(flow, step)
+        y, log_q_y, score = flow.draw_stiff_with_score(t, step.generator)
+        leaf = y.detach().requires_grad_()
+        q = flow.chart.join(t, leaf)
+        u, gradient_q = step.target.value_and_gradient(q.detach())
+        (gradient,) = torch.autograd.grad(q, leaf, torch.where(torch.isfinite(q), gradient_q, 0.0))
+        log_w = -u - log_q_t.detach() - log_q_y
+        loss = self._path(y, gradient + score, log_w, explored)
+        summary = _summary(log_w[~explored])
+        if flow.torsions is not None and self.variance > 0:
+            # only the torsions' density carries a gradient here
+            spread = self._log_variance(log_w + log_q_t.detach() - log_q_t, explored)
+            summary["log_variance"] = float(spread.detach())
+            loss = loss + self.variance * spread
+        return loss, summary
+
+    def _log_variance(self, log_w: Tensor, explored: Tensor) -> Tensor:
+        """Variance of the log-weights about the mean of those near the median, robust on both sides."""
+        finite = torch.isfinite(log_w)
+        log_w, explored = log_w[finite], explored[finite]
+        known = log_w.detach()
+        near = (known - known.median()).abs() < self.window
+        deviation = log_w - known[near].mean()
+        # a heavy weight is a hole of q that must be filled, but one sample may not rule the step
+        square = torch.where(deviation < self.window, deviation.square(), self.window * (2 * deviation - self.window))
+        # explored samples speak where they have found a hole; elsewhere the flow's own samples know better
+        kept = torch.where(explored, deviation.detach() > 2, known > known.median() - self.window)
+        return square[kept].mean()
+
+    def _draw_torsions(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Detached torsions ``(batch, torsions)``, their log-density with gradient, and which were turned anywhere."""
+        n = step.batch_size
+        random = {"generator": step.generator, "device": step.device}
+        explored = torch.zeros(n, dtype=torch.bool, device=step.device)
+        if flow.torsions is None:
+            t = flow.draw_torsions(n, step.generator)
+            return t, t.new_zeros(n), explored
+        with torch.no_grad():
+            loose = round(self.explore * (1 - step.progress) * n)
+            many, log_q = self._pool(flow, step)
+            excess = -self.temper * (log_q - log_q[torch.isfinite(log_q)].median())
+            keep = torch.where(torch.isfinite(log_q), excess.clamp(-8, 3).exp(), 0.0)
+            chosen = torch.multinomial(keep, n - loose, generator=step.generator)
+            t = many[chosen]
+            if loose:
+                # a rotor has its three places by symmetry: nothing to find
+                places = (flow.torsions.multiplicity == 1).nonzero()[:, 0]
+                turned = many[torch.randint(len(many), (loose,), **random)].nan_to_num()
+                if len(places):
+                    place = places[torch.randint(len(places), (loose, 1), **random)]
+                    anywhere = torch.rand(loose, 1, dtype=t.dtype, **random) * 2 - 1
+                    turned = turned.scatter(1, place, math.pi * anywhere)
+                t = torch.cat([t, turned])
+                explored[n - loose :] = True
+        return t, flow.log_prob_torsions(t), explored
+
+    def _pool(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor]:
+        """Draws of the torsions' density to choose from, ``4 * batch`` of them, renewed every fourth step.
+
+        They are drawn one torsion after the other, which costs little more for many than for few.
+        """
+        age = int(self.state.get("pool_age", 0))
+        if age == 0 or len(self.tensors["torsions"]) != 4 * step.batch_size:
+            torsions, log_density = flow.torsions.sample(4 * step.batch_size, step.generator)
+            self.tensors |= {"torsions": torsions, "log_density": log_density}
+        self.state["pool_age"] = (age + 1) % 4
+        return self.tensors["torsions"], self.tensors["log_density"]
+
+    def _path(self, y: Tensor, score: Tensor, log_w: Tensor, explored: Tensor | None = None) -> Tensor:
+        """The surrogate whose gradient is the path gradient."""
+        usable = torch.isfinite(log_w) & torch.isfinite(score).all(-1) & torch.isfinite(y).all(-1)
+        if not usable.any():
+            return y.sum() * math.nan
+        norm = score.norm(dim=-1)
+        limit = (10 * norm[usable].median()).expand(len(norm))
+        if explored is not None:
+            # where nobody has been forces are large: they may point the way but not rule the step
+            limit = torch.where(explored, limit / 10, limit)
+        score = score * (limit / norm.clamp(min=1e-30)).clamp(max=1.0)[:, None]
+        # zero times NaN is NaN, in the gradient too
+        score = torch.where(usable[:, None], score, 0.0)
+        factor = self._factor(log_w, usable)
+        if explored is not None:
+            within = explored & (log_w > log_w[usable].median() - self.reach)
+            factor = torch.where(within, factor.clamp(min=self.explored_weight), factor)
+        work = (score * y).sum(-1)
+        return (torch.where(usable, factor, 0.0) * torch.where(usable, work, 0.0)).mean()
+
+    def _factor(self, log_w: Tensor, usable: Tensor) -> Tensor:
+        if self.power == 0:
+            return torch.ones_like(log_w)
+        mean = self.state.get("log_mean_weight")
+        now = float(torch.logsumexp(log_w[usable], 0)) - math.log(int(usable.sum()))
+        if mean is None:
+            mean = float(log_w[usable].median())
+        else:
+            # a running mean that one heavy weight cannot carry away
+            mean += math.log(0.98 + 0.02 * math.exp(min(now - mean, 2.0)))
+        self.state["log_mean_weight"] = mean
+        return (self.power * (log_w - mean)).exp().clamp(max=self.cap)
+
+
+def _summary(log_w: Tensor) -> dict[str, float]:
+    finite = log_w[torch.isfinite(log_w)]
+    spread = float(finite.std()) if len(finite) > 1 else math.nan
+    return {"lost": float((~torch.isfinite(log_w)).float().mean()), "spread": spread}
