@@ -89,6 +89,19 @@ for path in sys.argv[1:]:
 """
 
 
+def test_local_networks_come_back(alanine, tmp_path):
+    generator = bg.BoltzmannGenerator.for_molecule(
+        alanine.topology, alanine.system, 300, positions=alanine.positions, local=True, compile=False
+    )
+    disturb(generator.flow, 0.02)
+    generator.save(tmp_path / "local.bg")
+    loaded = bg.BoltzmannGenerator.load(tmp_path / "local.bg")
+    log_prob = generator.sample_internal(20, torch.Generator().manual_seed(1))[1]
+    assert torch.equal(loaded.sample_internal(20, torch.Generator().manual_seed(1))[1], log_prob)
+    assert loaded.flow.config()["blocks"] == generator.flow.config()["blocks"]
+    assert len(set(loaded.flow.config()["blocks"])) == 3
+
+
 def test_a_new_process_gives_the_same_bits_without_data(molecules, tmp_path):
     paths, fingerprints = [], []
     for name, (generator, frames) in molecules.items():

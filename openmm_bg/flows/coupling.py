@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openmm_bg.flows.base import Transform, permute, wrap
+from openmm_bg.flows.local import Surroundings
 from openmm_bg.flows.networks import fourier_features, perceptron
 from openmm_bg.flows.spline import circular_parameters, circular_spline, interval_parameters, interval_spline
 
@@ -54,6 +55,8 @@ class AffineCoupling(Transform):
         One network for s and t together, or one for each. Split networks see the kept dimensions and set the moved
         ones; masked networks see the whole vector with the moved dimensions at zero, and what they say of the kept
         dimensions goes unused.
+    surroundings : Surroundings, optional
+        One small network per block, which sees the blocks around it, in place of a joint one.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class AffineCoupling(Transform):
         context_dimension: int = 0,
         hidden: Sequence[int] = (128, 128),
         networks: Networks = "joint",
+        surroundings: Surroundings | None = None,
     ):
         if networks not in get_args(Networks):
             raise ValueError(f"networks must be one of {', '.join(get_args(Networks))}, not {networks!r}")
@@ -73,7 +77,10 @@ class AffineCoupling(Transform):
         self.register_buffer("together", together, persistent=False)
         self.register_buffer("restore", torch.argsort(together))
         self.networks = networks
-        if networks == "joint":
+        self.local = surroundings is not None
+        if surroundings is not None:
+            self.network = surroundings.network(keep.tolist(), move.tolist(), hidden[0])
+        elif networks == "joint":
             self.network = perceptron(len(keep) + context_dimension, hidden, 2 * len(move))
         else:
             inputs, outputs = (len(keep), len(move)) if networks == "split" else (len(moved), len(moved))
@@ -84,7 +91,9 @@ class AffineCoupling(Transform):
         if self.networks == "masked":
             kept = kept.new_zeros(len(kept), self.dimension).index_copy(1, self.keep, kept)
         inputs = kept if context is None else torch.cat([kept, context], -1)
-        if self.networks == "joint":
+        if self.local:
+            log_scale, shift = self.network(inputs).unbind(-1)
+        elif self.networks == "joint":
             log_scale, shift = self.network(inputs).chunk(2, -1)
         else:
             log_scale, shift = self.scale_network(inputs), self.shift_network(inputs)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from openmm_bg.flows.base import Base, Composition, Flow, permute, wrap
 from openmm_bg.flows.coupling import AffineCoupling, alternating_masks
+from openmm_bg.flows.local import Surroundings
 from openmm_bg.flows.networks import fourier_features
 from openmm_bg.flows.torsions import AffineTorsions, SplineTorsions
 from openmm_bg.flows.whitening import ConditionalAffine, ConditionalWhitening
@@ -97,6 +98,12 @@ class MolecularFlow(Flow):
         Bins and units of the torsion splines; Fourier order of all conditions on torsions.
     seed : int
         Draws masks and initial weights.
+    blocks : sequence of int, optional
+        The block (residue) of every coordinate. With it the networks of the stiff coordinates see the blocks within
+        ``reach`` and the torsions one block further, ``hidden`` units each, and the cost grows linearly with a chain.
+    bonded_blocks : sequence of (int, int)
+        Which blocks are bonded to each other.
+    reach : int
 
     Examples
     --------
@@ -121,6 +128,9 @@ class MolecularFlow(Flow):
         torsion_hidden: int = 48,
         order: int = 3,
         seed: int = 0,
+        blocks: Sequence[int] | None = None,
+        bonded_blocks: Sequence[Sequence[int]] = (),
+        reach: int = 1,
     ):
         nn.Module.__init__(self)
         if torsion_model not in ("spline", "realnvp"):
@@ -138,6 +148,12 @@ class MolecularFlow(Flow):
             "order": order,
             "seed": seed,
         }
+        if blocks is not None:  # files of joint networks keep the fingerprint they always had
+            self._config |= {
+                "blocks": [int(b) for b in blocks],
+                "bonded_blocks": [[int(i), int(j)] for i, j in bonded_blocks],
+                "reach": reach,
+            }
         self._dimension, self.order = dimension, order
         self.chart = Chart(dimension, torsions, rotors, stiff_torsions)
         multiplicity = [3 if i in rotors else 1 for i in torsions]
@@ -155,15 +171,19 @@ class MolecularFlow(Flow):
             else:
                 self.torsions = AffineTorsions(multiplicity, hidden=(hidden, hidden), generator=masks)
             context = 2 * order * len(torsions)
+            around = None
+            if blocks is not None:
+                features = [blocks[i] for i in torsions for _ in range(2 * order)]
+                around = Surroundings.of([blocks[i] for i in self.chart.stiff.tolist()], features, bonded_blocks, reach)
             transforms = [
-                AffineCoupling(mask, context, (hidden, hidden))
+                AffineCoupling(mask, context, (hidden, hidden), surroundings=around)
                 for mask in alternating_masks(stiff, layers, masks)
                 if mask.any()
             ]
             self.stiff = Composition(
                 [
                     *transforms,
-                    ConditionalAffine(stiff, context, (hidden, hidden)),
+                    ConditionalAffine(stiff, context, (hidden, hidden), around),
                     ConditionalWhitening(stiff, context),
                 ]
             )

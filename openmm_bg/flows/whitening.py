@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openmm_bg.flows.base import Transform
+from openmm_bg.flows.local import Surroundings
 from openmm_bg.flows.networks import perceptron
 
 
@@ -84,14 +85,33 @@ class ConditionalWhitening(Transform):
 
 
 class ConditionalAffine(Transform):
-    """``y = z exp(s) + t`` with s and t functions of the context alone; ``|s| <= 2``."""
+    """``y = z exp(s) + t`` with s and t functions of the context alone; ``|s| <= 2``.
 
-    def __init__(self, dimension: int, context_dimension: int, hidden: Sequence[int] = (128, 128)):
+    Parameters
+    ----------
+    dimension, context_dimension : int
+    hidden : sequence of int
+    surroundings : Surroundings, optional
+        See :class:`~openmm_bg.flows.AffineCoupling`.
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        context_dimension: int,
+        hidden: Sequence[int] = (128, 128),
+        surroundings: Surroundings | None = None,
+    ):
         super().__init__(dimension, context_dimension)
-        self.network = perceptron(context_dimension, hidden, 2 * dimension)
+        self.local = surroundings is not None
+        if surroundings is not None:
+            self.network = surroundings.network([], list(range(dimension)), hidden[0])
+        else:
+            self.network = perceptron(context_dimension, hidden, 2 * dimension)
 
     def _scale_and_shift(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self.network(z[:, :0] if context is None else context).chunk(2, -1)
+        numbers = self.network(z[:, :0] if context is None else context)
+        log_scale, shift = numbers.unbind(-1) if self.local else numbers.chunk(2, -1)
         return 2 * torch.tanh(log_scale / 2), shift
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

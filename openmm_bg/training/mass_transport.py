@@ -303,4 +303,4 @@ class ConstrainedMassTransport:
         # by importance weights: poor while the flow is far away, better where it matters
         ahead = -float(np.mean(log_q[np.isfinite(log_q)])) - (float(w @ -log_p[inside]) + log_z)
         left = max(self.rounds - int(self.state.get("round", 0)), self.rounds // 4, 1)
-        return max(2 * ahead / left, 0.1)
+        return float(max(2 * ahead / left, 0.1))

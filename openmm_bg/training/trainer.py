@@ -396,7 +396,7 @@ class Trainer:
         before = self.target.evaluations
         log_w = -self.target.value(q) - log_q
         self.target.evaluations = before
-        log_w = torch.where(torch.isfinite(log_w), log_w, -math.inf).double()
+        log_w = torch.where(torch.isfinite(log_w), log_w, -math.inf).double().cpu()
         ess = effective_sample_size(log_w)
         acceptance = independence_acceptance(log_w) if ess.fraction > 0 else 0.0
         if final and ess.clipped > self.best_score:

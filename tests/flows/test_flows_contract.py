@@ -29,6 +29,7 @@ from openmm_bg.flows import (
     circular_spline,
     wrap,
 )
+from openmm_bg.flows.local import Surroundings
 
 MOVED = torch.tensor([True, False, True, False, True])
 CIRCULAR = torch.tensor([True, False, False, True, True])
@@ -43,11 +44,15 @@ def whitening(context: int) -> ConditionalWhitening:
 
 
 # name: (transform, which dimensions are angles, whether untrained means identity)
+# three blocks in a row; the features of the context belong to the first and the last
+AROUND = Surroundings.of([0, 0, 1, 2, 2], [0, 0, 2, 2], [(0, 1), (1, 2)], 0)
 TRANSFORMS = {
     "affine": lambda: (AffineCoupling(MOVED), [False] * 5, True),
     "affine with context": lambda: (AffineCoupling(MOVED, 4), [False] * 5, True),
     "affine, split networks": lambda: (AffineCoupling(MOVED, 4, (16,), "split"), [False] * 5, True),
     "affine, masked networks": lambda: (AffineCoupling(MOVED, 4, (16,), "masked"), [False] * 5, True),
+    "affine, local networks": lambda: (AffineCoupling(MOVED, 4, (16,), surroundings=AROUND), [False] * 5, True),
+    "conditional affine, local networks": lambda: (ConditionalAffine(5, 4, (16,), AROUND), [False] * 5, True),
     "affine without condition": lambda: (AffineCoupling(torch.ones(5).bool()), [False] * 5, True),
     "spline, all real": lambda: (SplineCoupling(MOVED, torch.zeros(5).bool()), [False] * 5, True),
     "spline, all circular": lambda: (SplineCoupling(MOVED, torch.ones(5).bool()), [True] * 5, True),
@@ -142,6 +147,46 @@ def test_pushed_score_is_that_of_the_density_and_the_path_keeps_its_gradient(cas
             assert (a is None) == (b is None)
             if a is not None:
                 torch.testing.assert_close(a, b)
+
+
+def test_local_networks_see_what_is_within_reach_and_nothing_else():
+    around = Surroundings.of([0, 1, 2, 3], [3, 0], [(0, 1), (1, 2), (2, 3)], 1)
+    assert around.near[:, :4].tolist() == [[abs(i - j) <= 1 for j in range(4)] for i in range(4)]
+    assert around.near[:, 4:].tolist() == [[abs(i - j) <= 2 for j in range(4)] for i in range(4)]
+    layer = AffineCoupling(torch.tensor([True, False, True, False]), 2, (8,), surroundings=around).double()
+    disturb(layer)
+    z, context = torch.zeros(1, 4, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    before = layer(z, context)[0]
+    for kept, moves in ((1, [0, 2]), (3, [2])):
+        there = z.clone()
+        there[0, kept] = 1.0
+        assert ((layer(there, context)[0] != before)[0].nonzero()[:, 0].tolist()) == sorted([*moves, kept])
+    for feature, moves in ((0, [2]), (1, [0, 2])):
+        there = context.clone()
+        there[0, feature] = 1.0
+        assert (layer(z, there)[0] != before)[0].nonzero()[:, 0].tolist() == moves
+
+
+def test_a_molecular_flow_of_blocks_grows_linearly_and_is_rebuilt_from_its_config():
+    def flow(residues):
+        blocks = [b for b in range(residues) for _ in range(6)]
+        return MolecularFlow(
+            6 * residues, torsions=range(5, 6 * residues, 6), rotors={}, stiff_torsions=[], layers=2, hidden=8,
+            torsion_hidden=4, blocks=blocks, bonded_blocks=[(b, b + 1) for b in range(residues - 1)],
+        )  # fmt: skip
+
+    def stiff(flow):
+        return sum(p.numel() for p in flow.stiff.parameters())
+
+    # random masks change the widest block a little
+    assert stiff(flow(24)) == pytest.approx(3 * stiff(flow(8)), rel=0.1)
+    one = flow(3)
+    one.initialize(0.1 * torch.randn(200, 18, generator=torch.Generator().manual_seed(0)))
+    disturb(one.stiff, size=0.1)
+    two = MolecularFlow.from_config(one.config())
+    two.load_state_dict(one.state_dict())
+    q = one.sample(5, torch.Generator().manual_seed(1))[0]
+    torch.testing.assert_close(one.log_prob(q), two.log_prob(q))
 
 
 def test_gradients_reach_every_parameter(case):

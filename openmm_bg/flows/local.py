@@ -1,0 +1,107 @@
+"""Networks that see only their surroundings: one small perceptron per block, all evaluated together.
+
+What a stiff coordinate of a chain does depends on the residues beside it and hardly on those far away. A network per
+residue, with the residues within reach as its input, grows linearly with the chain and does not have to learn that the
+rest is irrelevant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Surroundings(NamedTuple):
+    """Which block every dimension and every feature of a context belongs to, and which blocks see which.
+
+    Attributes
+    ----------
+    dimensions, context : tuple of int
+    near : Tensor of bool, (blocks, 2 * blocks)
+        ``near[i, j]``: block i sees the dimensions of block j; ``near[i, blocks + j]``: the features of block j.
+    """
+
+    dimensions: tuple[int, ...]
+    context: tuple[int, ...]
+    near: Tensor
+
+    @classmethod
+    def of(
+        cls, dimensions: Sequence[int], context: Sequence[int], edges: Sequence[Sequence[int]], reach: int
+    ) -> Surroundings:
+        """Blocks see the dimensions of those within ``reach`` steps along the edges, and the features of those within
+        one step more.
+        """
+        blocks = 1 + max(*dimensions, *context, *(i for edge in edges for i in edge), 0)
+        steps = torch.eye(blocks, dtype=torch.bool)
+        for i, j in edges:
+            steps[i, j] = steps[j, i] = True
+        within = torch.eye(blocks, dtype=torch.bool)
+        for _ in range(reach):
+            within = (within.float() @ steps.float()) > 0
+        further = (within.float() @ steps.float()) > 0
+        return cls(tuple(dimensions), tuple(context), torch.cat([within, further], 1))
+
+    def network(self, keep: Sequence[int], move: Sequence[int], hidden: int) -> LocalPerceptron:
+        """Two numbers for every moved dimension, from the kept ones and the context."""
+        blocks = len(self.near)
+        inputs = [self.dimensions[i] for i in keep] + [blocks + block for block in self.context]
+        return LocalPerceptron(inputs, [self.dimensions[i] for i in move], self.near, hidden)
+
+
+class LocalPerceptron(nn.Module):
+    """One SiLU perceptron of two hidden layers per block; inputs from blocks within reach, outputs to its own.
+
+    Parameters
+    ----------
+    inputs, outputs : sequence of int
+        The block of every input and of every output.
+    near : Tensor of bool, (blocks, blocks)
+        ``near[i, j]``: block i sees the inputs of block j.
+    hidden : int
+        Units of each hidden layer, in each block.
+    numbers : int
+        Numbers per output, zero at initialisation.
+
+    Examples
+    --------
+    >>> near = torch.eye(2).bool()
+    >>> network = LocalPerceptron([0, 0, 1], [0, 1, 1], near, hidden=8)
+    >>> network(torch.zeros(5, 3)).shape
+    torch.Size([5, 3, 2])
+    """
+
+    def __init__(
+        self, inputs: Sequence[int], outputs: Sequence[int], near: Tensor, hidden: int, numbers: int = 2
+    ) -> None:
+        super().__init__()
+        blocks = sorted(set(outputs))
+        seen = [[i for i, block in enumerate(inputs) if near[mine, block]] for mine in blocks]
+        own = [[i for i, block in enumerate(outputs) if block == mine] for mine in blocks]
+        wide, many = max(1, *map(len, seen)), max(map(len, own))
+        # a column of zeros behind the inputs fills up what blocks with fewer of them lack
+        columns = torch.tensor([s + [len(inputs)] * (wide - len(s)) for s in seen])
+        self.register_buffer("columns", columns.flatten(), persistent=False)
+        places = {output: row * many + k for row, indices in enumerate(own) for k, output in enumerate(indices)}
+        self.register_buffer("places", torch.tensor([places[i] for i in range(len(outputs))]), persistent=False)
+        self.shape, self.numbers = (len(blocks), wide, many), numbers
+        fan_in = torch.tensor([max(1, len(s)) for s in seen])[:, None, None]
+        self.weight1 = nn.Parameter(torch.randn(len(blocks), wide, hidden) / fan_in.sqrt())
+        self.bias1 = nn.Parameter(torch.randn(len(blocks), 1, hidden) * 0.1)
+        self.weight2 = nn.Parameter(torch.randn(len(blocks), hidden, hidden) / hidden**0.5)
+        self.bias2 = nn.Parameter(torch.zeros(len(blocks), 1, hidden))
+        self.weight3 = nn.Parameter(torch.zeros(len(blocks), hidden, many * numbers))
+        self.bias3 = nn.Parameter(torch.zeros(len(blocks), 1, many * numbers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, inputs)`` to ``(batch, outputs, numbers)``."""
+        blocks, wide, many = self.shape
+        padded = torch.cat([x, x.new_zeros(len(x), 1)], 1)
+        h = padded.index_select(1, self.columns).view(len(x), blocks, wide).transpose(0, 1)
+        h = nn.functional.silu(torch.baddbmm(self.bias1, h, self.weight1))
+        h = nn.functional.silu(torch.baddbmm(self.bias2, h, self.weight2))
+        out = torch.baddbmm(self.bias3, h, self.weight3).transpose(0, 1)
+        return out.reshape(len(x), blocks * many, self.numbers).index_select(1, self.places)
