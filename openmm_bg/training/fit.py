@@ -19,10 +19,8 @@ from openmm_bg.training.mass_transport import ConstrainedMassTransport
 from openmm_bg.training.objectives import MaximumLikelihood, Objective
 from openmm_bg.training.paths import ContinuityResidual
 from openmm_bg.training.reverse import ReversePath
-from openmm_bg.training.trainer import Settings, Stage, Trainer, TrainingResult
+from openmm_bg.training.trainer import WITHOUT_END, Settings, Stage, Trainer, TrainingResult
 from openmm_bg.units import thermal_energy
-
-_WITHOUT_END = 10**9  # steps of a stage that a budget ends
 
 
 def relabel_rotors(positions: np.ndarray, rotors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -171,8 +169,8 @@ def fit(
         raise InputError("likelihood_steps need data to be likely; pass some, or train on the energy alone.")
     if data is None and energies is not None:
         raise InputError("energies belong to data; pass those, too.")
-    if isinstance(budget, str):
-        budget = Budget.parse(budget)
+    if budget is not None and not isinstance(budget, Budget):
+        budget = Budget.parse(str(budget))
     rng = np.random.default_rng(seed)
     rows, known, lost = None, None, 0
     if data is not None:
@@ -226,7 +224,7 @@ def _stages(
 ) -> list[Stage]:
     """The default recipe, as far as nothing else was asked for."""
     if budget is not None:
-        steps = _WITHOUT_END
+        steps = WITHOUT_END
     if likelihood_steps is None:
         likelihood_steps = 0 if not data else (400 if energy else steps)
     if transport_steps is None:
@@ -236,7 +234,7 @@ def _stages(
     if data:
         stages.append(Stage("likelihood", likelihood_steps, [(1.0, MaximumLikelihood())]))
     if energy and transport_steps:
-        stages.append(Stage("transport", transport_steps, [(1.0, ConstrainedMassTransport())], rate=1e-3))
+        stages.append(Stage("transport", transport_steps, [(1.0, ConstrainedMassTransport())], rate=2e-3))
     if energy:
         if objective is None:
             objective = ContinuityResidual() if isinstance(generator.flow, ContinuousFlow) else ReversePath()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import brentq, minimize
+from scipy.optimize import brentq
 from scipy.special import logsumexp
 from torch import Tensor
 from torch.nn import functional
@@ -17,8 +18,10 @@ from torch.nn import functional
 from openmm_bg.errors import InputError
 from openmm_bg.training.objectives import Step
 
-_LARGEST = 1e9
+_LARGEST = 70.0  # log of the largest multiplier
 _CHUNK = 4096
+# Effective share of the weights to the target from which on the flow is there; with constraints that is implied.
+_AT_TARGET = 0.5
 
 
 class Transport(NamedTuple):
@@ -93,6 +96,7 @@ def transport(
     if not inside.any():
         raise InputError("No sample of the flow has a finite energy: the flow and the target do not overlap at all.")
     n, p, q = len(log_p), log_p[inside], log_q[inside]
+    p = p - p.max()  # a large constant would eat the digits of what is compared
     held = -float(np.mean(log_q[np.isfinite(log_q)]))
 
     def at(trust: float, entropy: float) -> tuple[NDArray[np.float64], float, float]:
@@ -102,16 +106,19 @@ def transport(
         w = np.exp(log_w - math.log(n))
         return log_w, float(w @ log_w), held + float(w @ (q + log_w))
 
-    def root(slack: Any) -> float:
-        """Where a slack that falls with the multiplier is zero."""
-        low, high = -12.0, 2.0
+    def root(slack: Callable[[float], float], guess: float = 1.0) -> float:
+        """The multiplier at which a slack that falls with it is zero; 0 where it never binds."""
+        if slack(0.0) <= 0:
+            return 0.0
+        low = high = math.log(max(guess, 1e-9))
+        while slack(math.exp(low)) <= 0:
+            low -= 2.0
+        high = max(high, low + 1.0)
         while slack(math.exp(high)) > 0:
-            high += 4.0
-            if math.exp(high) > _LARGEST:
-                return _LARGEST
-        if slack(math.exp(low)) < 0:
-            return math.exp(low)
-        return math.exp(brentq(lambda u: slack(math.exp(u)), low, high, xtol=1e-10))
+            if high > _LARGEST:
+                return math.inf
+            high += 2.0 + 0.1 * abs(high)
+        return math.exp(brentq(lambda u: slack(math.exp(u)), low, high, xtol=1e-11))
 
     most = math.inf if trust_region is None else trust_region
     drop = math.inf if entropy_bound is None else entropy_bound
@@ -121,43 +128,36 @@ def transport(
         _, divergence, fallen = at(trust, entropy)
         return divergence <= most * (1 + slightly) and fallen <= drop + slightly * abs(drop)
 
+    # samples that the target gives no density cost more than any bound: nothing else moves
+    nowhere = (math.exp(_LARGEST), 0.0)
     multipliers = (0.0, 0.0)
     if not fits(*multipliers):
         one = None if trust_region is None else (root(lambda m: at(m, 0.0)[1] - most), 0.0)
         two = None if entropy_bound is None else (0.0, root(lambda m: at(0.0, m)[2] - drop))
-        alone = next((pair for pair in (one, two) if pair is not None and fits(*pair)), None)
+        ends = [pair for pair in (one, two) if pair is not None and math.isfinite(sum(pair))]
+        alone = next((pair for pair in ends if fits(*pair)), None)
         if alone is not None:
             multipliers = alone
         elif one is None or two is None:
-            multipliers = one or two
+            multipliers = ends[0] if ends else nowhere
+        elif not math.isfinite(one[0]):
+            multipliers = nowhere
         else:
-            multipliers = _both(at, p, q, held, most, drop, (one[0], two[1]))
+            last = one[0]
+
+            def both(entropy: float) -> float:
+                # concave in both, so the slack of one at the best of the other falls, too
+                nonlocal last
+                last = root(lambda m: at(m, entropy)[1] - most, last)
+                return at(last, entropy)[2] - drop
+
+            entropy = root(both, two[1] if math.isfinite(two[1]) else 1.0)
+            both(entropy if math.isfinite(entropy) else math.exp(_LARGEST))
+            multipliers = (last, min(entropy, math.exp(_LARGEST)))
     log_w, divergence, fallen = at(*multipliers)
     log_ratio = np.full(n, -math.inf)
     log_ratio[inside] = log_w
     return Transport(*multipliers, log_ratio, divergence, fallen)
-
-
-def _both(
-    at: Any, p: NDArray[np.float64], q: NDArray[np.float64], held: float, most: float, drop: float,
-    start: tuple[float, float],
-) -> tuple[float, float]:  # fmt: skip
-    """The maximum of the dual where both constraints bind, over the logs of the multipliers."""
-    n = len(p)
-
-    def negative(u: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        trust, entropy = np.exp(u)
-        scale = 1 + trust + entropy
-        log_z = logsumexp((p - (1 + entropy) * q) / scale) - math.log(n)
-        _, divergence, fallen = at(trust, entropy)
-        value = -scale * log_z - trust * most + entropy * (held - drop)
-        return -value, -np.array([(divergence - most) * trust, (fallen - drop) * entropy])
-
-    first = np.log(np.clip(start, 1e-6, _LARGEST))
-    starts = [first, np.array([0.0, first[1]]), np.array([first[0], 0.0]), np.zeros(2)]
-    runs = [minimize(negative, u, jac=True, method="L-BFGS-B", bounds=[(-16, 20)] * 2) for u in starts]
-    best = min(runs, key=lambda run: run.fun)
-    return float(np.exp(best.x[0])), float(np.exp(best.x[1]))
 
 
 @dataclass
@@ -166,7 +166,8 @@ class ConstrainedMassTransport:
 
     In every round the flow draws ``samples`` and their energies; :func:`transport` finds the next distribution on the
     way to the target; and the flow learns it from these samples alone. No forces, no walkers. When both constraints
-    have ceased to bind, the flow is at the target, and after ``patience`` more rounds the stage ends.
+    have ceased to bind and half of the samples count, the flow is at the target, and after ``patience`` more rounds the
+    stage ends.
 
     Special cases: ``entropy_bound=None`` follows the geometric path, ``trust_region=None`` the tempered one, both None
     is self-distillation by importance weights.
@@ -208,9 +209,9 @@ class ConstrainedMassTransport:
 
     trust_region: float | None = 0.3
     entropy_bound: float | Literal["auto"] | None = "auto"
-    samples: int = 50_000
-    steps_per_round: int = 400
-    rounds: int = 60
+    samples: int = 20_000
+    steps_per_round: int = 150
+    rounds: int = 30
     patience: int = 2
     loss: Literal["log_variance", "likelihood"] = "log_variance"
     clip: float = 1e-4
@@ -227,8 +228,16 @@ class ConstrainedMassTransport:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
         if self.loss not in ("log_variance", "likelihood"):
             raise InputError(f"loss must be 'log_variance' or 'likelihood', not {self.loss!r}.")
+        if not self.delta > 0:
+            raise InputError(f"delta must be positive, not {self.delta}.")
         if not 0 <= self.clip < 1:
             raise InputError(f"clip must be at least 0 and below 1, not {self.clip}.")
+        for name in ("trust_region", "entropy_bound"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not 0 < value < math.inf:
+                raise InputError(f"{name} must be a positive number of nats, not {value}.")
+        if isinstance(self.trust_region, str):
+            raise InputError(f"trust_region must be a number of nats or None, not {self.trust_region!r}.")
         if isinstance(self.entropy_bound, str) and self.entropy_bound != "auto":
             raise InputError(f"entropy_bound must be a number of nats, None or 'auto', not {self.entropy_bound!r}.")
 
@@ -265,13 +274,15 @@ class ConstrainedMassTransport:
         bound = self._bound(log_p, known)
         move = transport(log_p, known, self.trust_region, bound)
         log_ratio = move.log_ratio
-        arrived = move.trust == 0 and move.entropy == 0
+        log_w = log_p - known
+        now = float(np.exp(2 * logsumexp(log_w) - logsumexp(2 * log_w)) / len(log_w))
+        arrived = move.trust == 0 and move.entropy == 0 and now >= _AT_TARGET
         self.state["arrived"] = self.state.get("arrived", 0) + 1 if arrived else 0
         self.state["round"] = self.state.get("round", 0) + 1
         weights = np.exp(log_ratio)
         if self.clip > 0:
             order = np.sort(weights)
-            weights = weights.clip(max=order[-1 - math.ceil(self.clip * len(order))])
+            weights = weights.clip(max=order[-1 - min(math.ceil(self.clip * len(order)), len(order) - 1)])
         inside = np.isfinite(log_ratio)
         rows = torch.as_tensor(np.flatnonzero(inside), device=q.device)
 
@@ -284,12 +295,10 @@ class ConstrainedMassTransport:
             "weight": kept(weights / weights[inside].mean()),
         }
         share = weights[inside].sum() ** 2 / (len(weights) * (weights[inside] ** 2).sum())
-        log_w = log_p - known
-        now = np.exp(2 * logsumexp(log_w) - logsumexp(2 * log_w)) / len(log_w)
         return {
             "round": float(self.state["round"]), "lambda": move.trust, "eta": move.entropy,
             "entropy_bound": math.nan if bound is None else bound, "divergence": move.divergence,
-            "entropy_drop": move.entropy_drop, "round_ess": float(share), "target_ess": float(now),
+            "entropy_drop": move.entropy_drop, "round_ess": float(share), "target_ess": now,
             "lost": float(1 - inside.mean()),
         }  # fmt: skip
 
@@ -297,6 +306,8 @@ class ConstrainedMassTransport:
         if self.entropy_bound != "auto":
             return self.entropy_bound
         inside = np.isfinite(log_p)
+        if not inside.any():
+            return None
         log_w = log_p[inside] - log_q[inside]
         log_z = logsumexp(log_w) - math.log(len(log_p))
         w = np.exp(log_w - logsumexp(log_w))

@@ -29,6 +29,13 @@ from openmm_bg.training.budget import Budget
 from openmm_bg.training.objectives import Objective, Step, check_needs
 from openmm_bg.training.watch import Watch
 
+WITHOUT_END = 10**9
+"""Steps of a stage that a budget ends."""
+# Steps that warm-up and ramps are shares of where a budget leaves the number of steps open.
+_USUAL = 8000
+# Steps without an evaluation after which a budget of evaluations is a mistake.
+_IDLE = 5000
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -182,6 +189,10 @@ class Trainer:
             self.flow.parameters(), lr=self.settings.learning_rate, betas=self.settings.betas
         )
         self.planned = [stage.steps for stage in self.stages]
+        self._last_evaluations = (0, 0)
+        for objective in self.objectives:  # what it kept of another run is not of this one
+            objective.state.clear()
+            objective.tensors.clear()
         self.watch = Watch(self._weights())
         self.result = TrainingResult()
         self.log = None if log is None else Path(log)
@@ -209,7 +220,7 @@ class Trainer:
             disable=None if self.progress else True, dynamic_ncols=True, mininterval=1.0,
         )  # fmt: skip
         try:
-            while self.result.steps < self.total:
+            while self.result.steps < self.total and self._spent() < 1:
                 number = self._stage()
                 before = self._volatile()
                 record, usable = self._gradient(number)
@@ -220,10 +231,9 @@ class Trainer:
                     self.result.seconds = time.perf_counter() - started
                     self.result.evaluations = self.target.evaluations if self.target else 0
                     bar.update()
-                    spent = self._spent() >= 1
-                    self._look(number, record, spent or self.result.steps >= self.total, bar)
-                if spent:
-                    break
+                    over = self._spent() >= 1 or self.result.steps >= self.total
+                    self._look(number, record, over, bar)
+                self._check_spending()
                 if self.checkpoint and time.perf_counter() - saved > self.settings.checkpoint_seconds:
                     self._save()
                     saved = time.perf_counter()
@@ -250,6 +260,19 @@ class Trainer:
         if self.budget is None:
             return 0.0
         return self.budget.spent(self.result.seconds, self.result.evaluations)
+
+    def _check_spending(self) -> None:
+        """Refuse to run for ever on a budget of evaluations that nothing spends."""
+        evaluations = self.result.evaluations
+        if evaluations != self._last_evaluations[1]:
+            self._last_evaluations = self.result.steps, evaluations
+        idle = self.result.steps - self._last_evaluations[0]
+        endless = self.total >= WITHOUT_END
+        if self.budget is not None and self.budget.seconds is None and endless and idle > _IDLE:
+            raise InputError(
+                "These objectives evaluate no new energies, so a budget of evaluations is never spent; give a time "
+                "such as '10min', or a number of steps."
+            )
 
     def _stage(self) -> int:
         """Which stage the next step belongs to."""
@@ -334,9 +357,10 @@ class Trainer:
             shared = [n if s.rate is None else 0 for s, n in zip(self.stages, self.planned, strict=True)]
             progress = max((sum(shared[:number]) + done - start) / sum(shared), self._spent())
             rate = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))) * settings.learning_rate
-        # a budget does not say how many steps it will be: the warm-up is then by the share that is spent
-        whole = self.total if self.budget is None else (done + 1) / max(self._spent(), 1e-9)
-        rate *= min(1.0, (done + 1) / max(1.0, settings.warmup * whole))
+        # a budget does not say how many steps it will be
+        whole = self.total if self.budget is None else _USUAL
+        warm = max((done + 1) / max(1.0, settings.warmup * whole), self._spent() / max(settings.warmup, 1e-9))
+        rate *= min(1.0, warm)
         if start > 0:
             rate *= min(1.0, (done - start + 1) / max(1.0, settings.ramp * whole))
         return rate * self.watch.factor, progress
