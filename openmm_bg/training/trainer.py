@@ -457,6 +457,7 @@ class Trainer:
         tensors |= {f"generator.{key}": t for key, t in self.generator.flow.state_dict().items()}
         tensors |= {f"best.{key}": t for key, t in (self.best or {}).items()}
         tensors |= {f"good.{key}": t for key, t in self.watch.good.items()}
+        tensors |= {f"labels.{key}": t for key, t in self.labels.found().items()}
         for number, objective in enumerate(self.objectives):
             tensors |= {f"objective.{number}.{key}": t for key, t in objective.tensors.items()}
         header = {
@@ -488,7 +489,7 @@ class Trainer:
                     f"{self.checkpoint} belongs to a run with other {' and '.join(other)}; resume with the same, or "
                     "delete it to start anew."
                 )
-            parts: dict[str, dict[str, Tensor]] = {"generator": {}, "best": {}, "good": {}}
+            parts: dict[str, dict[str, Tensor]] = {"generator": {}, "best": {}, "good": {}, "labels": {}}
             weights: dict[str, Tensor] = {}
             kept: list[dict[str, Tensor]] = [{} for _ in self.objectives]
             for name, tensor in tensors.items():
@@ -504,6 +505,8 @@ class Trainer:
             self.generator.flow.load_state_dict(parts["generator"])
             self._restore((tensors["random"], header["objectives"], kept, header["evaluations"]))
             self.validation_random.set_state(tensors["validation_random"])
+            for name, tensor in parts["labels"].items():
+                setattr(self.labels, name, tensor.to(self.device))
             self.best = parts["best"] or None
             self.best_score = -math.inf if header["best_score"] is None else header["best_score"]
             self.watch = Watch(parts["good"], **header["watch"])
@@ -532,6 +535,11 @@ class _Labels:
         self.gradient: Tensor | None = None
         if data is not None and energies is not None and target is not None:
             self.value = target.from_energies(data, energies.to(data))
+
+    def found(self) -> dict[str, Tensor]:
+        """What has been evaluated so far, by name."""
+        known = {"value": self.value, "gradient": self.gradient}
+        return {name: tensor for name, tensor in known.items() if tensor is not None}
 
     def __call__(self, gradient: bool) -> tuple[Tensor, Tensor | None]:
         if self.target is None:

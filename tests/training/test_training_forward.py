@@ -336,7 +336,6 @@ def test_a_resumed_run_has_the_same_weights(resumed):
         assert torch.equal(one, other)
 
 
-@pytest.mark.xfail(strict=True, reason="what was found of the data is not in the checkpoint: found and counted twice")
 def test_a_resumed_run_counts_every_row_once(resumed):
     (_, expected), (_, result) = resumed
     assert result.evaluations == expected.evaluations == 500
