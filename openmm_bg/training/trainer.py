@@ -264,11 +264,11 @@ class Trainer:
     def _check_spending(self) -> None:
         """Refuse to run for ever on a budget of evaluations that nothing spends."""
         evaluations = self.result.evaluations
-        if evaluations != self._last_evaluations[1]:
+        ending = self.result.steps < self.total and self.planned[self._stage()] < WITHOUT_END
+        if ending or evaluations != self._last_evaluations[1]:
             self._last_evaluations = self.result.steps, evaluations
         idle = self.result.steps - self._last_evaluations[0]
-        endless = self.total >= WITHOUT_END
-        if self.budget is not None and self.budget.seconds is None and endless and idle > _IDLE:
+        if self.budget is not None and self.budget.seconds is None and idle > _IDLE:
             raise InputError(
                 "These objectives evaluate no new energies, so a budget of evaluations is never spent; give a time "
                 "such as '10min', or a number of steps."
