@@ -110,7 +110,7 @@ def transport(
         """The multiplier at which a slack that falls with it is zero; 0 where it never binds."""
         if slack(0.0) <= 0:
             return 0.0
-        low = high = math.log(max(guess, 1e-9))
+        low = high = min(math.log(max(guess, 1e-9)), _LARGEST)
         while slack(math.exp(low)) <= 0:
             low -= 2.0
         high = max(high, low + 1.0)
