@@ -51,12 +51,12 @@ class Watch:
         return score is not None and stage == self.stage and self.best > _LEAST and score < _SHARE * self.best
 
     def keep(self, stage: int, score: float | None, weights: dict[str, Tensor]) -> None:
-        """These weights are good."""
+        """These weights are good, unless their score is half gone already: a slow collapse must not end in its middle."""
         if stage != self.stage:
             self.stage, self.best = stage, 0.0
         if score is not None:
             self.best = max(self.best, score)
-        if self.bad == 0:
+        if self.bad == 0 and (score is None or score >= 0.5 * self.best):
             self.good = weights
 
     def rolled_back(self) -> None:
