@@ -51,7 +51,7 @@ class Watch:
         return score is not None and stage == self.stage and self.best > _LEAST and score < _SHARE * self.best
 
     def keep(self, stage: int, score: float | None, weights: dict[str, Tensor]) -> None:
-        """These weights are good, unless their score is half gone already: a slow collapse must not end in its middle."""
+        """These weights are good, unless half of the score is gone: a slow collapse must not lead to its middle."""
         if stage != self.stage:
             self.stage, self.best = stage, 0.0
         if score is not None:
