@@ -84,13 +84,12 @@ class Energy(torch.nn.Module):
         x = x.detach()
         u, gradient = self.reduced_and_gradient(x)
         good = _within_range(u)
-        if _all_finite(x) and _all_finite(gradient) and bool(good.all()):
+        # a look at a device waits for it, and cannot be recorded in a CUDA graph: there rows are always masked
+        if x.device.type == "cpu" and _all_finite(x) and _all_finite(gradient) and bool(good.all()):
             return u, gradient
         good = good & _finite_rows(x) & _finite_rows(gradient)
-        if not bool(good.all()):
-            u = torch.where(good, u, torch.inf)
-            gradient = torch.where(good.view(-1, *(1 for _ in self.event_shape)), gradient, 0.0)
-        return u, gradient
+        u = torch.where(good, u, torch.inf)
+        return u, torch.where(good.view(-1, *(1 for _ in self.event_shape)), gradient, 0.0)
 
     def _spread(self, x: Tensor, good: Tensor) -> Tensor:
         """Energies of the good rows, +inf in the others."""

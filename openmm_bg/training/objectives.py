@@ -6,9 +6,9 @@ All are estimators of a divergence between the flow q and the target p; the Bolt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ class Step:
     data : callable
         ``data(n)`` draws n rows of training data, ``(n, dimension)``; None where there are no data.
     batch_size : int
-    progress : float
-        0 at the first step of the run, 1 at the last.
+    progress : float or Tensor
+        0 at the first step of the run, 1 at the last; a scalar Tensor where steps are recorded.
     generator : torch.Generator
         On the device of the flow.
     stored : callable, optional
@@ -43,7 +43,7 @@ class Step:
     target: Target | None
     data: Callable[[int], Tensor] | None
     batch_size: int
-    progress: float
+    progress: float | Tensor
     generator: torch.Generator
     stored: Callable[[int, bool], tuple[Tensor, Tensor, Tensor | None]] | None = None
 
@@ -60,9 +60,11 @@ class Step:
 
 
 class Objective(Protocol):
-    """A callable that returns a scalar loss and numbers for the log.
+    """A callable that returns a scalar loss and numbers for the log, detached scalars of any kind.
 
-    ``state`` and ``tensors`` are what a checkpoint must hold; a step replaces tensors and never writes into them.
+    ``state`` and ``tensors`` are what a checkpoint must hold; a step replaces tensors and never writes into them. An
+    objective that also defines ``phase()`` can be recorded on a CUDA device: see
+    :class:`~openmm_bg.training.replay.Replay`. ``advance()``, where it is defined, follows every step.
     """
 
     needs_data: bool
@@ -70,7 +72,7 @@ class Objective(Protocol):
     state: dict[str, float]
     tensors: dict[str, Tensor]
 
-    def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]: ...
+    def __call__(self, step: Step) -> tuple[Tensor, dict[str, Any]]: ...
 
 
 @dataclass
@@ -92,7 +94,11 @@ class MaximumLikelihood:
     state: dict[str, float] = field(default_factory=dict, init=False)
     tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
 
-    def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
+    def phase(self) -> Hashable:
+        """Every step is the same program."""
+        return None
+
+    def __call__(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         flow = step.flow
         q = step.data(step.batch_size)
         if self.torsions_only:
@@ -103,7 +109,7 @@ class MaximumLikelihood:
             log_prob = flow.log_prob(q)
         loss = -log_prob.mean()
         scale = 1 - step.progress if self.fade else 1.0
-        return scale * loss, {"nll": float(loss.detach())}
+        return scale * loss, {"nll": loss.detach()}
 
 
 @dataclass

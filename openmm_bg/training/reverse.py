@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from openmm_bg.flows import MolecularFlow
+from openmm_bg.training.masked import masked_mean, masked_median, masked_std
 from openmm_bg.training.objectives import Step
+
+_POOL_AGE = 4
 
 
 @dataclass
@@ -58,7 +62,15 @@ class ReversePath:
     state: dict[str, float] = field(default_factory=dict, init=False)
     tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
 
-    def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
+    def phase(self) -> Hashable:
+        """What of the next step's program depends on the state: whether new torsions are drawn."""
+        return int(self.state.get("pool_age", 0)) == 0
+
+    def advance(self) -> None:
+        """Count a step."""
+        self.state["pool_age"] = (int(self.state.get("pool_age", 0)) + 1) % _POOL_AGE
+
+    def __call__(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(step.flow, MolecularFlow):
             return self._molecular(step.flow, step)
         y = step.flow.rsample(step.batch_size, step.generator)
@@ -69,7 +81,7 @@ class ReversePath:
         log_w = -u - log_q.detach()
         return self._path(y, gradient + score, log_w), _summary(log_w)
 
-    def _molecular(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, dict[str, float]]:
+    def _molecular(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         t, log_q_t, explored = self._draw_torsions(flow, step)
         y, log_q_y, score = flow.draw_stiff_with_score(t, step.generator)
         leaf = y.detach().requires_grad_()
@@ -78,52 +90,51 @@ class ReversePath:
         (gradient,) = torch.autograd.grad(q, leaf, torch.where(torch.isfinite(q), gradient_q, 0.0))
         log_w = -u - log_q_t.detach() - log_q_y
         loss = self._path(y, gradient + score, log_w, explored)
-        summary = _summary(log_w[~explored])
+        summary = _summary(log_w, ~explored)
         if flow.torsions is not None and self.variance > 0:
             # only the torsions' density carries a gradient here
             spread = self._log_variance(log_w + log_q_t.detach() - log_q_t, explored)
-            summary["log_variance"] = float(spread.detach())
+            summary["log_variance"] = spread.detach()
             loss = loss + self.variance * spread
         return loss, summary
 
     def _log_variance(self, log_w: Tensor, explored: Tensor) -> Tensor:
         """Variance of the log-weights about the mean of those near the median, robust on both sides."""
         finite = torch.isfinite(log_w)
-        log_w, explored = log_w[finite], explored[finite]
+        log_w = torch.where(finite, log_w, 0.0)
         known = log_w.detach()
-        near = (known - known.median()).abs() < self.window
-        deviation = log_w - known[near].mean()
+        median = masked_median(known, finite)
+        near = finite & ((known - median).abs() < self.window)
+        deviation = log_w - masked_mean(known, near)
         # a heavy weight is a hole of q that must be filled, but one sample may not rule the step
         square = torch.where(deviation < self.window, deviation.square(), self.window * (2 * deviation - self.window))
         # explored samples speak where they have found a hole; elsewhere the flow's own samples know better
-        kept = torch.where(explored, deviation.detach() > 2, known > known.median() - self.window)
-        return square[kept].mean()
+        kept = finite & torch.where(explored, deviation.detach() > 2, known > median - self.window)
+        return masked_mean(square, kept)
 
     def _draw_torsions(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Detached torsions ``(batch, torsions)``, their log-density with gradient, and which were turned anywhere."""
         n = step.batch_size
         random = {"generator": step.generator, "device": step.device}
-        explored = torch.zeros(n, dtype=torch.bool, device=step.device)
         if flow.torsions is None:
             t = flow.draw_torsions(n, step.generator)
-            return t, t.new_zeros(n), explored
+            return t, t.new_zeros(n), torch.zeros(n, dtype=torch.bool, device=step.device)
         with torch.no_grad():
-            loose = round(self.explore * (1 - step.progress) * n)
             many, log_q = self._pool(flow, step)
-            excess = -self.temper * (log_q - log_q[torch.isfinite(log_q)].median())
-            keep = torch.where(torch.isfinite(log_q), excess.clamp(-8, 3).exp(), 0.0)
-            chosen = torch.multinomial(keep, n - loose, generator=step.generator)
-            t = many[chosen]
-            if loose:
-                # a rotor has its three places by symmetry: nothing to find
-                places = (flow.torsions.multiplicity == 1).nonzero()[:, 0]
-                turned = many[torch.randint(len(many), (loose,), **random)].nan_to_num()
-                if len(places):
-                    place = places[torch.randint(len(places), (loose, 1), **random)]
-                    anywhere = torch.rand(loose, 1, dtype=t.dtype, **random) * 2 - 1
-                    turned = turned.scatter(1, place, math.pi * anywhere)
-                t = torch.cat([t, turned])
-                explored[n - loose :] = True
+            finite = torch.isfinite(log_q)
+            excess = (-self.temper * (log_q - masked_median(log_q, finite))).clamp(-8, 3)
+            # the largest of Gumbel-disturbed logarithms are a draw without replacement
+            gumbel = -torch.empty_like(log_q).exponential_(generator=step.generator).log()
+            chosen = torch.where(finite, excess + gumbel, -math.inf).topk(n, sorted=False).indices
+            explored = torch.rand(n, **random) < self.explore * (1 - step.progress)
+            other = torch.where(explored, torch.randint(len(many), (n,), **random), chosen)
+            t = many[other].nan_to_num()
+            # a rotor has its three places by symmetry: nothing to find
+            places = (flow.torsions.multiplicity == 1).to(t.dtype)
+            place = (places * torch.rand(n, len(places), dtype=t.dtype, **random)).argmax(1, keepdim=True)
+            turn = explored[:, None] & (places[place] > 0)
+            anywhere = math.pi * (2 * torch.rand(n, 1, dtype=t.dtype, **random) - 1)
+            t = t.scatter(1, place, torch.where(turn, anywhere, t.gather(1, place)))
         return t, flow.log_prob_torsions(t), explored
 
     def _pool(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor]:
@@ -131,20 +142,16 @@ class ReversePath:
 
         They are drawn one torsion after the other, which costs little more for many than for few.
         """
-        age = int(self.state.get("pool_age", 0))
-        if age == 0 or len(self.tensors["torsions"]) != 4 * step.batch_size:
-            torsions, log_density = flow.torsions.sample(4 * step.batch_size, step.generator)
+        if self.phase() or len(self.tensors["torsions"]) != _POOL_AGE * step.batch_size:
+            torsions, log_density = flow.torsions.sample(_POOL_AGE * step.batch_size, step.generator)
             self.tensors |= {"torsions": torsions, "log_density": log_density}
-        self.state["pool_age"] = (age + 1) % 4
         return self.tensors["torsions"], self.tensors["log_density"]
 
     def _path(self, y: Tensor, score: Tensor, log_w: Tensor, explored: Tensor | None = None) -> Tensor:
-        """The surrogate whose gradient is the path gradient."""
+        """The surrogate whose gradient is the path gradient; NaN where no sample is usable."""
         usable = torch.isfinite(log_w) & torch.isfinite(score).all(-1) & torch.isfinite(y).all(-1)
-        if not usable.any():
-            return y.sum() * math.nan
         norm = score.norm(dim=-1)
-        limit = (10 * norm[usable].median()).expand(len(norm))
+        limit = (10 * masked_median(norm, usable)).expand(len(norm))
         if explored is not None:
             # where nobody has been forces are large: they may point the way but not rule the step
             limit = torch.where(explored, limit / 10, limit)
@@ -153,26 +160,28 @@ class ReversePath:
         score = torch.where(usable[:, None], score, 0.0)
         factor = self._factor(log_w, usable)
         if explored is not None:
-            within = explored & (log_w > log_w[usable].median() - self.reach)
+            within = explored & (log_w > masked_median(log_w, usable) - self.reach)
             factor = torch.where(within, factor.clamp(min=self.explored_weight), factor)
         work = (score * y).sum(-1)
-        return (torch.where(usable, factor, 0.0) * torch.where(usable, work, 0.0)).mean()
+        surrogate = (torch.where(usable, factor, 0.0) * torch.where(usable, work, 0.0)).mean()
+        return torch.where(usable.any(), surrogate, math.nan)
 
     def _factor(self, log_w: Tensor, usable: Tensor) -> Tensor:
         if self.power == 0:
             return torch.ones_like(log_w)
-        mean = self.state.get("log_mean_weight")
-        now = float(torch.logsumexp(log_w[usable], 0)) - math.log(int(usable.sum()))
+        mean = self.tensors.get("log_mean_weight")
         if mean is None:
-            mean = float(log_w[usable].median())
+            mean = masked_median(log_w, usable)
         else:
             # a running mean that one heavy weight cannot carry away
-            mean += math.log(0.98 + 0.02 * math.exp(min(now - mean, 2.0)))
-        self.state["log_mean_weight"] = mean
+            now = torch.logsumexp(torch.where(usable, log_w, -math.inf), 0) - usable.sum().log()
+            moved = mean + (0.98 + 0.02 * (now - mean).clamp(max=2.0).exp()).log()
+            mean = torch.where(usable.any(), moved, mean)
+        self.tensors["log_mean_weight"] = mean
         return (self.power * (log_w - mean)).exp().clamp(max=self.cap)
 
 
-def _summary(log_w: Tensor) -> dict[str, float]:
-    finite = log_w[torch.isfinite(log_w)]
-    spread = float(finite.std()) if len(finite) > 1 else math.nan
-    return {"lost": float((~torch.isfinite(log_w)).float().mean()), "spread": spread}
+def _summary(log_w: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
+    counted = torch.ones_like(log_w, dtype=torch.bool) if counted is None else counted
+    finite = torch.isfinite(log_w) & counted
+    return {"lost": 1 - finite.sum() / counted.sum(), "spread": masked_std(log_w, finite)}

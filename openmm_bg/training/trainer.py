@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,10 @@ from openmm_bg.sampling.metropolis import independence_acceptance
 from openmm_bg.sampling.reweighting import effective_sample_size
 from openmm_bg.sampling.target import Target
 from openmm_bg.training.budget import Budget
+from openmm_bg.training.interrupts import held_interrupts
+from openmm_bg.training.labels import Labels
 from openmm_bg.training.objectives import Objective, Step, check_needs
+from openmm_bg.training.replay import Replay, advance
 from openmm_bg.training.watch import Watch
 
 WITHOUT_END = 10**9
@@ -177,7 +177,7 @@ class Trainer:
         self.budget = budget
         self.target = None if generator.energy is None else Target(generator, dtype, self.device)
         self.data = None if data is None else data.to(self.device, dtype)
-        self.labels = _Labels(self.data, energies, self.target)
+        self.labels = Labels(self.data, energies, self.target)
         self.flow = copy.deepcopy(generator.flow).to(self.device, dtype).train()
         self.average = copy.deepcopy(self.flow).requires_grad_(False)
         self.best: dict[str, Tensor] | None = None
@@ -188,6 +188,10 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.flow.parameters(), lr=self.settings.learning_rate, betas=self.settings.betas
         )
+        self.replay: Replay | None = None
+        if self.device.type == "cuda":
+            self.replay = Replay(self.flow, self.average, self.settings.betas, self.random, self.target)
+            self.optimizer = self.replay.optimizer
         self.planned = [stage.steps for stage in self.stages]
         self._last_evaluations = (0, 0)
         for objective in self.objectives:  # what it kept of another run is not of this one
@@ -223,16 +227,21 @@ class Trainer:
             while self.result.steps < self.total and self._spent() < 1:
                 number = self._stage()
                 before = self._volatile()
-                record, usable = self._gradient(number)
-                with _held_interrupts():
-                    self._update(usable)
+                recorded = self.replay is not None and self.replay.can(self.stages[number].terms)
+                if not recorded:
+                    record, numbers, usable = self._gradient(number)
+                with held_interrupts():
+                    if recorded:
+                        record, numbers, usable = self._replayed(number)
+                    else:
+                        self._update(bool(usable))
                     self._close_finished(number, bar)
                     before = self._volatile()
                     self.result.seconds = time.perf_counter() - started
                     self.result.evaluations = self.target.evaluations if self.target else 0
                     bar.update()
                     over = self._spent() >= 1 or self.result.steps >= self.total
-                    self._look(number, record, over, bar)
+                    self._look(number, record | numbers, over, bar)
                 self._check_spending()
                 if self.checkpoint and time.perf_counter() - saved > self.settings.checkpoint_seconds:
                     self._save()
@@ -323,6 +332,8 @@ class Trainer:
         self.flow.load_state_dict(parts["flow"])
         self.average.load_state_dict(parts["average"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if self.replay is not None:
+            self.replay.forget(self.result.skipped)
 
     def _roll_back(self, record: dict[str, Any]) -> None:
         self._set_weights(self.watch.good)
@@ -365,43 +376,64 @@ class Trainer:
             rate *= min(1.0, (done - start + 1) / max(1.0, settings.ramp * whole))
         return rate * self.watch.factor, progress
 
-    def _gradient(self, number: int) -> tuple[dict[str, Any], bool]:
-        """Loss and gradient of one step: a record for the log, and whether all of it is finite."""
-        settings, stage = self.settings, self.stages[number]
+    def _gradient(self, number: int) -> tuple[dict[str, Any], dict[str, Any], Tensor]:
+        """Set the gradient of one step: heading and numbers of its record, and whether all is finite."""
         rate, progress = self._pace(number)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        step = Step(
-            self.flow, self.target, self._draw if self.data is not None else None,
-            settings.batch_size, progress, self.random, self._draw_labelled if self.data is not None else None,
-        )  # fmt: skip
-        record: dict[str, Any] = {"step": self.result.steps + 1, "stage": stage.name, "rate": rate}
+        if self.replay is not None:
+            self.replay.between(rate)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        numbers, usable = self._program(number, progress)
+        advance(self.stages[number].terms)
+        return self._heading(number, rate), numbers, usable
+
+    def _heading(self, number: int, rate: float) -> dict[str, Any]:
+        return {"step": self.result.steps + 1, "stage": self.stages[number].name, "rate": rate}
+
+    def _program(self, number: int, progress: float | Tensor) -> tuple[dict[str, Any], Tensor]:
+        """Loss and gradient, without a look at any number of theirs."""
+        data = (None, None) if self.data is None else (self._draw, self._draw_labelled)
+        step = Step(self.flow, self.target, data[0], self.settings.batch_size, progress, self.random, data[1])
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), dtype=settings.dtype, device=self.device)
-        for weight, objective in stage.terms:
-            term, numbers = objective(step)
+        loss = torch.zeros((), dtype=self.settings.dtype, device=self.device)
+        numbers: dict[str, Any] = {}
+        for weight, objective in self.stages[number].terms:
+            term, seen = objective(step)
             loss = loss + weight * term
-            record |= numbers
-        finite = bool(torch.isfinite(loss))
-        if finite and loss.requires_grad:
+            numbers |= seen
+        usable = torch.isfinite(loss.detach())
+        if loss.requires_grad:
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), settings.clip)
-            finite = bool(torch.isfinite(norm))
-            record |= {"loss": float(loss.detach()), "gradient": float(norm)}
-        return record, finite
+            norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.settings.clip)
+            usable = usable & torch.isfinite(norm)
+            numbers |= {"loss": loss.detach(), "gradient": norm}
+        return numbers, usable
 
     def _update(self, usable: bool) -> None:
-        done = self.result.steps
         if usable:
             self.optimizer.step()
-            # an average over fewer steps than its own memory would still hold the start
-            decay = min(self.settings.average, (1 + done) / (10 + done))
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.parameters()), list(self.flow.parameters()), 1 - decay)
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.flow.parameters()), 1 - self._decay())
         else:
             self.result.skipped += 1
         self.watch.step(usable)
         self.result.steps += 1
+
+    def _decay(self) -> float:
+        # an average over fewer steps than its own memory would still hold the start
+        return min(self.settings.average, (1 + self.result.steps) / (10 + self.result.steps))
+
+    def _replayed(self, number: int) -> tuple[dict[str, Any], dict[str, Any], None]:
+        """A whole step on a CUDA device, recorded once for every kind of step."""
+        rate, progress = self._pace(number)
+        numbers = self.replay.step(
+            number, self.stages[number].terms, lambda p: self._program(number, p), rate, progress, 1 - self._decay()
+        )
+        self.result.steps += 1
+        if self.result.steps % 50 == 0 or self.result.steps >= self.total:
+            self.watch.bad, self.result.skipped = self.replay.counts()
+        return self._heading(number, rate), numbers, None
 
     def _rows(self, n: int) -> Tensor:
         return torch.randint(len(self.data), (n,), generator=self.random, device=self.device)
@@ -429,6 +461,7 @@ class Trainer:
         return {"ess": ess.fraction, "ess_clipped": ess.clipped, "acceptance": acceptance}
 
     def _record(self, record: dict[str, Any]) -> None:
+        record = {k: float(v) if isinstance(v, Tensor) else v for k, v in record.items()}
         # JSON knows neither NaN nor infinity
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         record |= {
@@ -526,57 +559,15 @@ class Trainer:
             self.log.write_text("".join(json.dumps(r) + "\n" for r in header["history"]))
 
 
-class _Labels:
-    """Energies of the data, found once, when an objective first asks."""
-
-    def __init__(self, data: Tensor | None, energies: Tensor | None, target: Target | None):
-        self.data, self.target = data, target
-        self.value: Tensor | None = None
-        self.gradient: Tensor | None = None
-        if data is not None and energies is not None and target is not None:
-            self.value = target.from_energies(data, energies.to(data))
-
-    def found(self) -> dict[str, Tensor]:
-        """What has been evaluated so far, by name."""
-        known = {"value": self.value, "gradient": self.gradient}
-        return {name: tensor for name, tensor in known.items() if tensor is not None}
-
-    def __call__(self, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        if self.target is None:
-            raise InputError("The energies of the data are needed, but the generator has no energy.")
-        if gradient and self.gradient is None:
-            pairs = [self.target.value_and_gradient(part) for part in self.data.split(4096)]
-            self.value, self.gradient = (torch.cat(column) for column in zip(*pairs, strict=True))
-        elif self.value is None:
-            self.value = torch.cat([self.target.value(part) for part in self.data.split(4096)])
-        return self.value, self.gradient
-
-
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"There is no device {name!r} to train on ({str(error).splitlines()[0]}); use 'cpu'."
-        ) from None
-    return device
-
-
-@contextmanager
-def _held_interrupts() -> Iterator[None]:
-    """Keep Ctrl-C waiting until the block is done, so that no step is taken by half."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread alone
-        return
-    waiting = []
-    handler = signal.signal(signal.SIGINT, lambda *_: waiting.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if waiting:
-        signal.raise_signal(signal.SIGINT)
+        if device.type in ("cpu", "cuda"):
+            torch.empty(0, device=device)
+            return device
+    except (RuntimeError, AssertionError):
+        pass
+    raise InputError(f"There is no device {name!r} to train on here; where torch finds no GPU, use 'cpu'.")
 
 
 def _cumulative(numbers: Sequence[int]) -> list[int]:

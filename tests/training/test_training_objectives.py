@@ -76,7 +76,7 @@ def test_powers_of_the_weight_are_divergences(power):
     estimates = []
     for seed in range(20):
         objective = ReversePath(power=power, cap=math.inf)
-        objective.state["log_mean_weight"] = 0.0
+        objective.tensors["log_mean_weight"] = torch.zeros((), dtype=torch.float64)
         loss, _ = objective(step_of(flow, target, 20_000, seed=seed))
         estimates.append(torch.autograd.grad(loss, values)[0])
     estimates = torch.stack(estimates)
