@@ -39,6 +39,18 @@ class AutoregressiveSpline(Transform):
         return fourier_features(angles * self.multiplicity, self.order)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        angles, log_derivative = self.draw(z)
+        return angles, log_derivative.sum(-1)
+
+    def draw(self, z: Tensor, instead: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Angles of latents and the log-derivatives dy_i/dz_i of every one, both ``(batch, dimension)``.
+
+        Parameters
+        ----------
+        z : Tensor, (batch, dimension)
+        instead : (Tensor of bool, Tensor), both (batch, dimension), optional
+            Which angles do not follow their latent, and what they are; later angles are drawn given them.
+        """
         per_angle = 2 * self.order
         features = z.new_zeros(len(z), self.dimension * per_angle)
         angles, log_dets = [], []
@@ -47,12 +59,15 @@ class AutoregressiveSpline(Transform):
             multiplicity = self.multiplicity[i : i + 1]
             angle, log_det = circular_spline(z[:, i : i + 1], parameters, multiplicity, inverse=True)
             angle = wrap(angle + self.turn[i])
+            if instead is not None:
+                which, value = (part[:, i : i + 1] for part in instead)
+                angle = torch.where(which, value, angle)
             angles.append(angle)
             log_dets.append(log_det)
             new = fourier_features(angle * multiplicity, self.order)
             later = features.new_zeros(len(z), (self.dimension - i - 1) * per_angle)
             features = torch.cat([features[:, : i * per_angle], new, later], -1)
-        return torch.cat(angles, -1), torch.cat(log_dets, -1).sum(-1)
+        return torch.cat(angles, -1), torch.cat(log_dets, -1)
 
     def conditionals(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Latents and log-derivatives dz_i/dy_i of every angle given those before it, both ``(batch, dimension)``."""

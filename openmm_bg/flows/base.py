@@ -160,7 +160,10 @@ class Base(nn.Module):
         self.std = float(std)
         if not 0 < self.std < math.inf:
             raise InputError(f"std must be a positive finite number, not {std}.")
-        self.register_buffer("circular", torch.tensor([bool(c) for c in circular]), persistent=False)
+        circular = [bool(c) for c in circular]
+        self.register_buffer("circular", torch.tensor(circular, dtype=torch.bool), persistent=False)
+        # known without asking the device
+        self._angles = any(circular)
         # follows the module through .to(dtype)
         self.register_buffer("_like", torch.zeros(1), persistent=False)
 
@@ -177,7 +180,7 @@ class Base(nn.Module):
             wide = torch.rand(n, self.dimension, **options) < self.share
             z = torch.where(wide, self.scale * z, z)
         z = self.std * z
-        if self.circular.any():
+        if self._angles:
             angle = (torch.rand(n, self.dimension, **options) * 2 - 1) * math.pi
             z = torch.where(self.circular, angle, z)
         return z
@@ -194,8 +197,8 @@ class Base(nn.Module):
         if broadened:
             wide = -0.5 * (unit / self.scale).square() - constant - math.log(self.scale)
             normal = torch.logaddexp(normal + math.log1p(-self.share), wide + math.log(self.share))
-        # as tensors: two plain numbers would meet in float32
-        inside, outside = z.new_tensor(-math.log(TWO_PI)), z.new_tensor(-math.inf)
+        # as tensors, filled where they live: two plain numbers would meet in float32
+        inside, outside = z.new_full((), -math.log(TWO_PI)), z.new_full((), -math.inf)
         uniform = torch.where(z.abs() <= math.pi * (1 + 1e-6), inside, outside)
         value = torch.where(self.circular, uniform, normal).sum(-1)
         return torch.where(torch.isfinite(z).all(-1), value, -math.inf)

@@ -98,7 +98,7 @@ class AffineCoupling(Transform):
         else:
             log_scale, shift = self.scale_network(inputs), self.shift_network(inputs)
         if self.networks == "masked":
-            log_scale, shift = log_scale[:, self.move], shift[:, self.move]
+            log_scale, shift = log_scale.index_select(1, self.move), shift.index_select(1, self.move)
         return 2 * torch.tanh(log_scale / 2), shift
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

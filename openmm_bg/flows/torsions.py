@@ -53,18 +53,7 @@ class SplineTorsions(Flow):
         z = self.base.sample(n, generator)
         loose = torch.rand(n, self.dimension, **options) < self.share
         anywhere = (torch.rand(n, self.dimension, **options) * 2 - 1) * math.pi
-        transform, angles = self.transform, z
-        for i in range(self.dimension):
-            # angles after i do not enter the conditional of i, so a full pass serves every step
-            drawn = transform(z)[0]
-            angles = torch.where(loose, anywhere, drawn)
-            if i + 1 == self.dimension or not loose.any():
-                break
-            # latents that reproduce what has been fixed so far
-            fixed, _ = transform.conditionals(angles)
-            settled = torch.arange(self.dimension, device=z.device) <= i
-            z = torch.where(settled, fixed, z)
-        return angles
+        return self.transform.draw(z, (loose, anywhere))[0]
 
     @torch.no_grad()
     def sample(
@@ -79,7 +68,7 @@ class SplineTorsions(Flow):
         inside = torch.isfinite(y).all(-1)
         _, log_derivative = self.transform.conditionals(torch.where(inside[:, None], y, 0.0))
         log_conditionals = log_derivative - math.log(TWO_PI)
-        floor = log_derivative.new_tensor(math.log(self.share / TWO_PI))
+        floor = log_derivative.new_full((), math.log(self.share / TWO_PI))
         broad = torch.logaddexp(log_conditionals + math.log1p(-self.share), floor).sum(-1)
         plain = log_conditionals.sum(-1)
         return torch.where(inside, plain, -math.inf), torch.where(inside, broad, -math.inf)
