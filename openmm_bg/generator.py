@@ -29,7 +29,13 @@ from openmm_bg.coordinates import Frame, InternalCoordinates, ZMatrix, half_turn
 from openmm_bg.energies import Energy, ForceFieldEnergy
 from openmm_bg.errors import InputError
 from openmm_bg.flows import Flow, MolecularFlow
-from openmm_bg.units import kelvin, nanometers, thermal_energy
+from openmm_bg.generator_molecule import (
+    constraint_distances,
+    harmonic_scales,
+    internal_coordinates,
+    molecular_flow,
+)
+from openmm_bg.units import nanometers
 
 _CHUNK = 16384
 
@@ -177,9 +183,9 @@ class BoltzmannGenerator(nn.Module):
         zmatrix = ZMatrix.from_topology(topology)
         reference = None if positions is None else _reference(positions, atoms)
         energy = ForceFieldEnergy(system, temperature, compile=compile)
-        coordinates = _coordinates(zmatrix, system, reference)
+        coordinates = internal_coordinates(zmatrix, system, reference)
         if isinstance(flow, str):
-            flow = _molecular_flow(topology, zmatrix, coordinates, flow, seed, local)
+            flow = molecular_flow(topology, zmatrix, coordinates, flow, seed, local)
         generator = cls(energy, flow, coordinates, topology=topology, defensive=defensive)
         if reference is not None:
             generator._inform_at(reference)
@@ -270,7 +276,7 @@ class BoltzmannGenerator(nn.Module):
                 "minimise them first."
             )
         if isinstance(self.flow, MolecularFlow):
-            self.flow.initialize_at(q[0], _scales(self.coordinates, self.system, self.temperature))
+            self.flow.initialize_at(q[0], harmonic_scales(self.coordinates, self.system, self.temperature))
 
     def _check_informed(self) -> None:
         if not self.informed:
@@ -453,7 +459,7 @@ class BoltzmannGenerator(nn.Module):
         }
         if their_bonds != {frozenset((a.index, b.index)) for a, b in self.topology.bonds()}:
             raise InputError("The simulation's molecule has other bonds than the generator's.")
-        their_constraints = _constraints(system, place)
+        their_constraints = constraint_distances(system, place)
         our_constraints = {frozenset((i, j)): d for i, j, d in self.coordinates.constraints}
         if their_constraints.keys() != our_constraints.keys() or any(
             abs(d - our_constraints[pair]) > 1e-6 for pair, d in their_constraints.items()
@@ -526,83 +532,3 @@ def _same_system(one: openmm.System, other: openmm.System) -> bool:
         return generator_file.system_hash(one) == generator_file.system_hash(other)
     except openmm.OpenMMException:  # a PythonForce around a function that cannot be written
         return False
-
-
-def _constraints(system: openmm.System, place: dict[int, int] | None = None) -> dict[frozenset[int], float]:
-    constraints = {}
-    for k in range(system.getNumConstraints()):
-        i, j, distance = system.getConstraintParameters(k)
-        if place is not None:
-            if (i in place) != (j in place):
-                raise InputError(f"A constraint joins atom {i} or {j} of the molecule to an atom outside it.")
-            if i not in place:
-                continue
-            i, j = place[i], place[j]
-        constraints[frozenset((i, j))] = float(nanometers(distance))
-    return constraints
-
-
-def _coordinates(zmatrix: ZMatrix, system: openmm.System, reference: np.ndarray | None) -> InternalCoordinates:
-    constraints = [(*sorted(pair), d) for pair, d in _constraints(system).items()]
-    masses = np.array([system.getParticleMass(i)._value for i in range(system.getNumParticles())])
-    half_turns = None if reference is None else half_turns_from(zmatrix, reference)
-    return InternalCoordinates(zmatrix, constraints=constraints, masses=masses, half_turns=half_turns)
-
-
-def _molecular_flow(
-    topology: app.Topology,
-    zmatrix: ZMatrix,
-    coordinates: InternalCoordinates,
-    kind: str,
-    seed: int,
-    local: bool,
-) -> MolecularFlow:
-    if kind not in ("spline", "realnvp"):
-        raise InputError(f"flow must be 'spline', 'realnvp' or a Flow, not {kind!r}.")
-    column = {int(row): i for i, row in enumerate(coordinates.torsion_rows) if row >= 0}
-    torsions = [i for row, i in column.items() if zmatrix.free_torsions[row]]
-    rotors = {column[i]: (column[j], column[k]) for i, j, k in zmatrix.rotors if {i, j, k} <= column.keys()}
-    if coordinates.dimension == len(torsions):
-        raise InputError("The System's constraints leave no bond and no angle free; constrain fewer of them.")
-    stiff = [i for i in column.values() if i not in set(torsions)]
-    blocks, bonded = None, []
-    if local:
-        residues = [atom.residue.index for atom in topology.atoms()]
-        placed = [int(row[0]) for table in (zmatrix.bonds, zmatrix.angles, zmatrix.torsions) for row in table]
-        blocks = [residues[placed[i]] for i in coordinates.free.tolist()]
-        bonded = sorted({tuple(sorted((residues[a.index], residues[b.index]))) for a, b in topology.bonds()})
-    return MolecularFlow(
-        coordinates.dimension,
-        torsions,
-        rotors,
-        stiff,
-        torsion_model=kind,
-        seed=seed,
-        blocks=blocks,
-        bonded_blocks=bonded,
-    )
-
-
-def _scales(coordinates: InternalCoordinates, system: openmm.System, temperature: float) -> Tensor:
-    """Spread of each coordinate from the harmonic terms of the force field, sqrt(kT/k); typical values elsewhere."""
-    kt = thermal_energy(kelvin(temperature))
-    bonds: dict[frozenset[int], float] = {}
-    angles: dict[tuple[frozenset[int], int], float] = {}
-    for force in system.getForces():
-        if isinstance(force, openmm.HarmonicBondForce):
-            for n in range(force.getNumBonds()):
-                i, j, _, k = force.getBondParameters(n)
-                if k._value > 0:
-                    bonds[frozenset((i, j))] = k._value
-        elif isinstance(force, openmm.HarmonicAngleForce):
-            for n in range(force.getNumAngles()):
-                i, j, k, _, strength = force.getAngleParameters(n)
-                if strength._value > 0:
-                    angles[frozenset((i, k)), j] = strength._value
-    z = coordinates.zmatrix
-    full = [
-        *(math.sqrt(kt / bonds.get(frozenset((int(i), int(j))), 3e5)) for i, j in z.bonds),
-        *(math.sqrt(kt / angles.get((frozenset((int(i), int(k))), int(j)), 500.0)) for i, j, k in z.angles),
-        *([0.1] * len(z.torsions)),
-    ]
-    return torch.tensor(full, dtype=torch.float64)[coordinates.free]
