@@ -104,7 +104,7 @@ class BoltzmannGenerator(nn.Module):
         coordinates: InternalCoordinates | None = None,
         *,
         topology: app.Topology | None = None,
-        defensive: float = 0.02,
+        defensive: float = 0.005,
     ):
         super().__init__()
         if not 0 <= defensive < 1:
@@ -140,7 +140,7 @@ class BoltzmannGenerator(nn.Module):
         positions: Any = None,
         flow: Literal["spline", "realnvp"] | Flow = "spline",
         local: bool = False,
-        defensive: float = 0.02,
+        defensive: float = 0.005,
         seed: int = 0,
         compile: bool = True,
     ) -> BoltzmannGenerator:

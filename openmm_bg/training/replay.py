@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from openmm_bg.training.objectives import Objective
 
 # Steps of each kind that run before it is recorded, as torch.cuda.graph asks.
 _WARM = 3
+# Recording waits for the whole device: trainings in other threads record before or after.
+_RECORDING = threading.Lock()
 
 Program = Callable[[Tensor], tuple[dict[str, Any], Tensor]]
 
@@ -136,7 +139,7 @@ class Replay:
         before = 0 if self.target is None else self.target.evaluations
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with _RECORDING, torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             numbers = self._whole(program)
             for _, objective in terms:
                 fixed = self.fixed[id(objective)]

@@ -53,7 +53,7 @@ class ReversePath:
     cap: float = 5.0
     variance: float = 0.25
     window: float = 6.0
-    temper: float = 0.4
+    temper: float = 0.1
     explore: float = 0.08
     explored_weight: float = 0.3
     reach: float = 25.0
