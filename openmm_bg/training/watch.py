@@ -11,13 +11,17 @@ _STEPS = 20
 _SHARE = 0.2
 # A score below this says nothing yet.
 _LEAST = 0.05
+# Share of the best score from which on weights are good. The score is that of the averaged weights, which lag behind
+# the flow's own: when it begins to fall those are further gone.
+_GOOD = 0.9
 
 
 class Watch:
     """Keeps the last good weights of a training and notices when it has diverged.
 
     Diverged means: twenty steps in a row without a finite gradient, or a validation score that has fallen to a fifth of
-    the stage's best. Whoever asks then restores ``good`` and goes on with ``factor`` times the learning rate.
+    the stage's best. Whoever asks then restores ``good``, the last weights with nine tenths of the best score, and goes
+    on with ``factor`` times the learning rate.
 
     Parameters
     ----------
@@ -51,12 +55,12 @@ class Watch:
         return score is not None and stage == self.stage and self.best > _LEAST and score < _SHARE * self.best
 
     def keep(self, stage: int, score: float | None, weights: dict[str, Tensor]) -> None:
-        """These weights are good, unless half of the score is gone: a slow collapse must not lead to its middle."""
+        """These weights are good if their score is nearly the best: a slow collapse must not lead to its middle."""
         if stage != self.stage:
             self.stage, self.best = stage, 0.0
         if score is not None:
             self.best = max(self.best, score)
-        if self.bad == 0 and (score is None or score >= 0.5 * self.best):
+        if self.bad == 0 and (score is None or score >= _GOOD * self.best):
             self.good = weights
 
     def rolled_back(self) -> None:
