@@ -143,6 +143,7 @@ WORDS = {
     "ladder nan": (["run", *ALA, "--highest-temperature", "nan"], "highest_temperature must be a positive finite"),
     "zero frames": (["run", *ALA, "--exchange-iterations", "0"], "exchange_iterations must be a whole number of at"),
     "one frame": (["simulate", *ALA, "--exchange-iterations", "1"], "exchange_iterations must be a whole number of"),
+    "no ladder": (["run", *ALA, "--ladders", "0"], "ladders must be a whole number of at least 1"),
     "negative training": (["run", *ALA, "--training-steps", "-1"], "training_steps must be a whole number of at least"),
     "negative likelihood": (["run", *ALA, "--likelihood-steps", "-1"], "likelihood_steps must be a whole number"),
     "negative MD": (["run", *ALA, "--md-steps", "-500"], "md_steps must be a whole number of at least 1"),
@@ -181,7 +182,7 @@ def test_force_fields_that_cannot_be_used(call, tmp_path):
 
 def test_too_little_data_for_the_molecule_is_refused_before_it_is_made(call, tmp_path):
     path = Path(__file__).with_name("data") / "ace_ala_ala_nme.pdb"
-    settings = workflow.RunSettings(exchange_iterations=20, bursts=2)
+    settings = workflow.RunSettings(ladders=2, exchange_iterations=20, bursts=2)
     with pytest.raises(ValueError, match="training conformations are too few for 90 coordinates"):
         with workflow.Run.start(str(path), tmp_path / "out", settings):
             pass

@@ -23,7 +23,7 @@ from openmm_bg.sampling import (
     log_normalizer,
 )
 from openmm_bg.units import thermal_energy
-from openmm_bg.workflow.settings import RunSettings, split_frames
+from openmm_bg.workflow.settings import RunSettings
 
 _CHUNK = 16384
 
@@ -77,7 +77,7 @@ class Material:
         usable = np.isfinite(log_prob) & np.isfinite(energy)
         log_weights[usable] = -energy[usable] - log_prob[usable]
         exchange, md = Trajectory.load(folder / "exchange_frames.npz"), Trajectory.load(folder / "md.npz")
-        _, held_out = split_frames(exchange.positions, RunSettings(**record["settings"]).held_out)
+        _, held_out = RunSettings(**record["settings"]).split(exchange.positions)
         chain = read_dcd(folder / "trajectory.dcd", topology.getNumAtoms())
         if generator.energy is None:
             raise InputError(f"{folder / 'generator.bg'} holds no energy, so it is not the generator of a run.")

@@ -98,7 +98,7 @@ class Results:
     def is_short(self) -> bool:
         """Whether this was but a rehearsal."""
         settings, usual = self.material.record["settings"], dataclasses.asdict(RunSettings())
-        return any(10 * settings[name] < usual[name] for name in ("exchange_iterations", "training_steps", "md_steps"))
+        return any(10 * settings[name] < usual[name] for name in ("training_steps", "md_steps"))
 
     @property
     def observable(self) -> str:

@@ -35,25 +35,17 @@ from openmm_bg.errors import InputError
 from openmm_bg.files import write_atomically
 from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.generator_file import refuse_code
-from openmm_bg.sampling import (
-    ReplicaExchangeResult,
-    Trajectory,
-    bursts,
-    fastest_platform,
-    geometric_temperatures,
-    replica_exchange,
-    simulate,
-)
+from openmm_bg.sampling import Trajectory, bursts, fastest_platform, simulate
 from openmm_bg.systems import Molecule
 from openmm_bg.units import nanometers
 from openmm_bg.version import __version__
 from openmm_bg.workflow import page
+from openmm_bg.workflow.data import TIMESTEP, exchange, settle
 from openmm_bg.workflow.material import Material
 from openmm_bg.workflow.results import Results, headline, measure
-from openmm_bg.workflow.settings import RunSettings, split_frames
+from openmm_bg.workflow.settings import RunSettings
 
 STEPS = ("prepare", "simulate", "train", "sample", "compare", "report")
-_TIMESTEP = 0.001
 _LOCK = ".lock"
 _RECORD = {
     "source": str, "name": str, "description": str, "forcefield": list, "temperature": (int, float), "atoms": int,
@@ -88,6 +80,7 @@ class Run:
         self.say = say
         self.progress = progress
         self.settings = RunSettings(**record["settings"])
+        self._built: Molecule | None = None
 
     @classmethod
     @contextlib.contextmanager
@@ -130,17 +123,7 @@ class Run:
             return
         settings = settings or RunSettings()
         molecule = load_molecule(source, forcefield, settings.temperature)
-        if molecule.temperature >= settings.highest_temperature:
-            raise InputError(
-                f"The temperature, {molecule.temperature:g} K, must lie below the highest one of the replica exchange, "
-                f"{settings.highest_temperature:g} K."
-            )
-        dimension = generator_for(molecule, settings).flow.dimension
-        if settings.training_conformations < 2 * dimension:
-            raise InputError(
-                f"{settings.training_conformations} training conformations are too few for {dimension} coordinates; "
-                "give more exchange_iterations."
-            )
+        settings = settle(settings, molecule, generator_for(molecule, settings))
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; name a folder for the run.")
         if folder.exists() and any(entry.name != _LOCK for entry in folder.iterdir()):
@@ -163,6 +146,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             run = cls(folder, record, say=say, progress=progress)
+            run._built = molecule
             run._write()
             yield run
 
@@ -176,6 +160,8 @@ class Run:
             missing = [name for name, kind in _RECORD.items() if not isinstance(record[name], kind)]
             if missing or not set(record["steps"]) <= set(STEPS):
                 raise TypeError(f"{', '.join(missing) or 'steps'} is not what it should be")
+            if {field.name for field in dataclasses.fields(RunSettings)} - record["settings"].keys():
+                raise TypeError("its settings are not those of this version; begin another run")
             run = cls(folder, record, say=say, progress=progress)
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{folder} holds no run; begin one with `openmm-bg run`.") from None
@@ -268,7 +254,7 @@ class Run:
         """Molecule and System, written down."""
         started = time.perf_counter()
         forcefield = tuple(self.record["forcefield"]) if _is_file(self.record["source"]) else None
-        molecule = load_molecule(self.record["source"], forcefield, self.settings.temperature)
+        molecule = self._built or load_molecule(self.record["source"], forcefield, self.settings.temperature)
         pdb = io.StringIO()
         app.PDBFile.writeFile(molecule.topology, molecule.positions * unit.nanometer, pdb, keepIds=True)
         write_atomically(self.path("molecule.pdb"), pdb.getvalue().encode())
@@ -281,31 +267,25 @@ class Run:
         """Replica exchange and bursts for training, plain MD for comparison."""
         self._require("simulate", "prepare")
         started, s, molecule = time.perf_counter(), self.settings, self.molecule()
-        exchange = replica_exchange(
-            molecule.system, molecule.positions,
-            temperatures=geometric_temperatures(molecule.temperature, s.highest_temperature, s.replicas),
-            n_iterations=s.exchange_iterations, equilibration_iterations=max(2, s.exchange_iterations // 50),
-            steps_per_iteration=500, timestep=_TIMESTEP, seed=s.seed, checkpoint=self.path("exchange.npz"), resume=True,
-            progress=self.progress,
-        )  # fmt: skip
-        frames = exchange.trajectory(0)
-        training, held_out = split_frames(frames.positions, s.held_out)
+        exchanged = exchange(molecule, s, self.path("exchange.npz"), progress=self.progress)
+        frames = exchanged.trajectory(0)
+        training, held_out = s.split(frames.positions)
         burst = bursts(
             molecule.system, training, temperature=molecule.temperature, n_bursts=s.bursts, seed=s.seed + 1,
-            timestep=_TIMESTEP, progress=self.progress,
+            timestep=TIMESTEP, progress=self.progress,
         )  # fmt: skip
         burst.save(self.path("training.npz"))
         md = simulate(
             molecule.system, molecule.positions, temperature=molecule.temperature,
             n_frames=max(1, s.md_steps // s.steps_per_iteration), steps_per_frame=s.steps_per_iteration,
-            timestep=_TIMESTEP, seed=s.seed + 2, progress=self.progress,
+            timestep=TIMESTEP, seed=s.seed + 2, progress=self.progress,
         )  # fmt: skip
         md.save(self.path("md.npz"))
         frames.save(self.path("exchange_frames.npz"))
         self._finish("simulate", started, {
-            "exchange_evaluations": exchange.force_evaluations,
-            "exchange_acceptance": [round(float(a), 3) for a in np.nan_to_num(exchange.acceptance)],
-            "round_trips": int(_round_trips(exchange)),
+            "exchange_evaluations": exchanged.force_evaluations,
+            "exchange_acceptance": [round(float(a), 3) for a in np.nan_to_num(exchanged.acceptance)],
+            "round_trips": int(exchanged.round_trips.sum()),
             "burst_evaluations": burst.force_evaluations,
             "training_frames": len(training),
             "held_out_frames": len(held_out),
@@ -344,7 +324,7 @@ class Run:
             self.path("samples.npz"), positions=draws.positions.numpy().astype(np.float32),
             reduced_energy=draws.reduced_energy.numpy(), log_prob=draws.log_prob.numpy(),
         )  # fmt: skip
-        integrator = openmm.LangevinMiddleIntegrator(molecule.temperature, 1.0, _TIMESTEP)
+        integrator = openmm.LangevinMiddleIntegrator(molecule.temperature, 1.0, TIMESTEP)
         integrator.setRandomNumberSeed(s.seed + 4)
         where = fastest_platform(molecule.system)
         properties = {"Threads": "1"} if where == "CPU" else {}
@@ -456,10 +436,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-
-
-def _round_trips(exchange: ReplicaExchangeResult) -> int:
-    return int(np.sum(exchange.round_trips))
 
 
 def _duration(seconds: float) -> str:

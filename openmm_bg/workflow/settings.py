@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,17 @@ from openmm_bg.units import kelvin
 # Fewer frames than this cannot be cut into the blocks that every error and every floor is measured from.
 _FEWEST_FRAMES = 20
 _LARGEST_SEED = 2**31 - 16  # OpenMM's seeds are 32-bit, and every part of a run takes one of its own
+
+# The data of a molecule, where nothing else is asked for. Each torsion is one more thing to learn and to wait for.
+LADDERS = 16
+EXCHANGE_STEPS = 250
+ITERATIONS_PER_TORSION = 15
+HEATING_STEPS_PER_TORSION = 700
+# Neighbours exchange in 35 percent of the tries: energies fluctuate like the square root of the number of atoms.
+REPLICAS_PER_ROOT_ATOM = 1.28
+EQUILIBRATION = 0.2
+# The same by OpenMM, one ladder alone.
+SINGLE_ITERATIONS, SINGLE_STEPS, SINGLE_REPLICAS, SINGLE_EQUILIBRATION = 2400, 500, 6, 0.02
 
 
 @dataclass(frozen=True)
@@ -25,10 +37,13 @@ class RunSettings:
         K; None for the molecule's own.
     flow : str
         "spline" or "realnvp".
-    exchange_iterations, replicas, highest_temperature
-        Replica exchange for the training data: iterations of 500 steps, each a frame, on a ladder of temperatures.
+    ladders, replicas, exchange_iterations, exchange_steps, highest_temperature
+        Replica exchange for the training data: how many ladders of how many temperatures side by side, and in each so
+        many iterations of so many steps, each a frame. None for what fits the molecule (:meth:`for_molecule`).
+    heating_steps, equilibration_iterations : int or None
+        Steps of all walkers at the highest temperature before their ladders begin, and iterations discarded then.
     held_out : float
-        Share of the exchange's frames, the last ones, that training never sees.
+        Share of the exchange's frames, the last ones of each ladder, that training never sees.
     bursts : int
         Short runs from every training frame.
     likelihood_steps, training_steps : int
@@ -49,8 +64,12 @@ class RunSettings:
 
     temperature: float | None = None
     flow: str = "spline"
-    exchange_iterations: int = 2400
-    replicas: int = 6
+    ladders: int | None = None
+    replicas: int | None = None
+    exchange_iterations: int | None = None
+    exchange_steps: int | None = None
+    heating_steps: int | None = None
+    equilibration_iterations: int | None = None
     highest_temperature: float = 1000.0
     held_out: float = 0.2
     bursts: int = 16
@@ -67,14 +86,46 @@ class RunSettings:
     def rehearsal(cls) -> RunSettings:
         """Every step in well under a minute: to see that all works. Its numbers mean little."""
         return cls(
-            exchange_iterations=40, replicas=4, likelihood_steps=60, training_steps=60, md_steps=20_000,
-            production_steps=5_000, steps_per_iteration=100, proposals_per_iteration=5, samples=2_000,
+            ladders=4, exchange_iterations=40, exchange_steps=100, heating_steps=500, replicas=4, likelihood_steps=60,
+            training_steps=60, md_steps=20_000, production_steps=5_000, steps_per_iteration=100,
+            proposals_per_iteration=5, samples=2_000,
         )  # fmt: skip
+
+    def for_molecule(self, torsions: int, atoms: int, *, batched: bool) -> RunSettings:
+        """The same with numbers for everything that was left to the molecule.
+
+        Parameters
+        ----------
+        torsions : int
+            Free ones, rotors included.
+        atoms : int
+        batched : bool
+            Whether many ladders can run as one batch. Where not, one ladder runs on OpenMM.
+
+        Examples
+        --------
+        >>> alanine_dipeptide = RunSettings().for_molecule(7, 22, batched=True)
+        >>> alanine_dipeptide.ladders, alanine_dipeptide.replicas, alanine_dipeptide.exchange_iterations
+        (16, 6, 105)
+        """
+        ladders = (LADDERS if batched else 1) if self.ladders is None else self.ladders
+        many = ladders > 1
+        iterations = self.exchange_iterations
+        if iterations is None:
+            iterations = max(_FEWEST_FRAMES, ITERATIONS_PER_TORSION * torsions) if many else SINGLE_ITERATIONS
+        usual = {
+            "replicas": max(4, round(REPLICAS_PER_ROOT_ATOM * math.sqrt(atoms))) if many else SINGLE_REPLICAS,
+            "exchange_steps": EXCHANGE_STEPS if many else SINGLE_STEPS,
+            "heating_steps": HEATING_STEPS_PER_TORSION * torsions if many else 0,
+            "equilibration_iterations": max(2, int((EQUILIBRATION if many else SINGLE_EQUILIBRATION) * iterations)),
+        }
+        left = {name: value for name, value in usual.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, ladders=ladders, exchange_iterations=iterations, **left)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int":
+            if field.type == "int" or (field.type == "int | None" and value is not None):
                 least = _LEAST.get(field.name, 1)
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
                     raise InputError(f"{field.name} must be a whole number of at least {least}, not {value!r}.")
@@ -93,26 +144,40 @@ class RunSettings:
                 )
         if isinstance(self.held_out, bool) or not isinstance(self.held_out, float) or not 0 < self.held_out < 1:
             raise InputError(f"held_out must be a number between 0 and 1, not {self.held_out!r}.")
-        split_frames(np.arange(self.exchange_iterations), self.held_out)
+        if self.exchange_iterations is not None:
+            split_frames(np.arange(self.exchange_iterations), self.held_out)
 
     @property
     def training_conformations(self) -> int:
         """Ends of bursts that training will have."""
-        return self.bursts * len(split_frames(np.arange(self.exchange_iterations), self.held_out)[0])
+        return self.bursts * len(self.split(np.arange(self.ladders * self.exchange_iterations))[0])
 
-    def differences(self, other: RunSettings) -> list[str]:
-        """What is set otherwise here than in ``other``: "seed 1, not 2"."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [f"{name} {mine[name]}, not {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+    def split(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Training frames and held-out ones of the exchange, ``(ladders * iterations, ...)``."""
+        return split_frames(frames, self.held_out, self.ladders)
+
+    def differences(self, asked: RunSettings) -> list[str]:
+        """What is set otherwise here than was asked for: "seed 1, not 2". What was left open (None) is the same."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(asked)
+        differ = [name for name in mine if theirs[name] is not None and mine[name] != theirs[name]]
+        return [f"{name} {mine[name]}, not {theirs[name]}" for name in differ]
 
 
-_LEAST = {"exchange_iterations": _FEWEST_FRAMES, "replicas": 2, "likelihood_steps": 0, "samples": 100, "seed": 0}
+_LEAST = {
+    "exchange_iterations": _FEWEST_FRAMES, "replicas": 2, "heating_steps": 0, "equilibration_iterations": 0,
+    "likelihood_steps": 0, "samples": 100, "seed": 0,
+}  # fmt: skip
 
 
-def split_frames(frames: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
-    """Training frames and, from the end of the trajectory, held-out ones, with a gap of two percent between them."""
-    cut = max(1, int(len(frames) * (1 - held_out)))
-    gap = len(frames) // 50
-    if cut + gap >= len(frames):
-        raise InputError(f"{len(frames)} frames are too few to hold {100 * held_out:g} percent of them out.")
-    return frames[:cut], frames[cut + gap :]
+def split_frames(frames: np.ndarray, held_out: float, ladders: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Training frames and held-out ones, which end each ladder, with a gap of five percent between them.
+
+    All ladders give to both: whole ladders held out would be few, and miss the basins that few ladders visit.
+    """
+    by_ladder = frames.reshape(ladders, -1, *frames.shape[1:])
+    length = by_ladder.shape[1]
+    cut, gap = max(1, int(length * (1 - held_out))), length // 20
+    if cut + gap >= length:
+        raise InputError(f"{length} frames are too few to hold {100 * held_out:g} percent of them out.")
+    training, rest = by_ladder[:, :cut], by_ladder[:, cut + gap :]
+    return training.reshape(-1, *frames.shape[1:]), rest.reshape(-1, *frames.shape[1:])

@@ -23,7 +23,7 @@ from openmm_bg.analysis import left_handed
 from openmm_bg.app import BoltzmannGeneratorSampler
 from openmm_bg.errors import InputError
 from openmm_bg.workflow.material import read_dcd
-from openmm_bg.workflow.settings import RunSettings, split_frames
+from openmm_bg.workflow.settings import RunSettings
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 BRIEF = [
@@ -272,6 +272,7 @@ def test_a_run_of_another_molecule_or_with_other_options_is_not_resumed(copy, tm
         (lambda text: text.replace('"steps"', '"stairs"'), "'steps' is missing"),
         (lambda text: text.replace('"samples": 200', '"samples": -200'), "samples must be a whole number"),
         (lambda text: text.replace('"samples": 200', '"sample": 200'), "is not the record of a run, or it is damaged"),
+        (lambda text: text.replace('"ladders": 4,', ""), "settings are not those of this version"),
         (lambda text: re.sub(r'"atoms": 22', '"atoms": "many"', text), "atoms is not what it should be"),
     ],
 )
@@ -355,11 +356,6 @@ def test_settings_say_what_is_wrong():
         with pytest.raises(InputError) as caught:
             RunSettings(**wrong)
         assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
-
-
-def test_held_out_frames_follow_the_training_frames_after_a_gap():
-    training, held_out = split_frames(np.arange(1000), 0.2)
-    assert training[-1] == 799 and held_out[0] == 820 and held_out[-1] == 999
 
 
 def test_a_folder_with_no_run_is_begun_with_resume_and_named_without(tmp_path):
