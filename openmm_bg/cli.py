@@ -21,12 +21,14 @@ probability density, and molecular dynamics accepts or rejects them exactly.
   openmm-bg run alanine_dipeptide --output results/ala2     from nothing to an ensemble and report.html
   openmm-bg run my.pdb --temperature 310                    into results/my
   openmm-bg run my.pdb --resume
+  openmm-bg run my.pdb --budget 10min                       ten minutes of training, and the best of it
 """
 _EPILOG = """\
 A folder holds one run: molecule.pdb, system.xml, generator.bg, trajectory.dcd (MD with moves), moves.csv
 (every attempt), summary.json and report.html. A run that was stopped goes on with --resume.
 The steps of `run` can be taken one by one: simulate, train, sample, compare.
 """
+_BUDGET = "what all training may cost, in place of a number of steps: 10min, or 1e7 energy evaluations"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(step, help=purpose, description=purpose, allow_abbrev=False)
         command.add_argument("--output", required=True, metavar="DIR", help="the folder of a run that was begun")
+        if step == "train":
+            command.add_argument("--budget", metavar="B", help=_BUDGET)
         command.add_argument("--quiet", action="store_true", help="no progress bars")
         command.set_defaults(do=_continue, first=step, last=last)
     purpose = "the molecules and densities that are known by name"
@@ -117,6 +121,7 @@ def _begin(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--highest-temperature", type=float, metavar="K", help="of the replica exchange (default 1000)")
     how.add_argument("--likelihood-steps", type=int, metavar="N", help="training on the data")
     how.add_argument("--training-steps", type=int, metavar="N", help="training on the energy")
+    how.add_argument("--budget", metavar="B", help=_BUDGET)
     how.add_argument("--md-steps", type=int, metavar="N", help="plain MD to compare with")
     how.add_argument("--production-steps", type=int, metavar="N", help="MD with moves")
     how.add_argument("--steps-per-iteration", type=int, metavar="N", help="MD between series of moves (default 500)")
@@ -151,6 +156,8 @@ def _settings(options: argparse.Namespace) -> Any:
     chosen = {name: value for name, value in vars(options).items() if name in names and value is not None}
     if not chosen and not options.rehearsal:
         return None
+    if options.budget is not None and options.training_steps is not None:
+        raise InputError("--budget takes the place of --training-steps; give one of them.")
     return dataclasses.replace(RunSettings.rehearsal() if options.rehearsal else RunSettings(), **chosen)
 
 
@@ -158,6 +165,8 @@ def _continue(options: argparse.Namespace, command: str) -> None:
     from openmm_bg import workflow
 
     with workflow.Run.open(options.output, say=_say, progress=not options.quiet) as run:
+        if getattr(options, "budget", None) is not None:
+            run.set_budget(options.budget)
         run.run(options.last, options.first)
 
 

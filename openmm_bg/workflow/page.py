@@ -284,7 +284,7 @@ def _notes(results: Results) -> list[str]:
 
 def _provenance(results: Results) -> dict[str, str]:
     m = results.material
-    steps = m.record["steps"]
+    steps, budget = m.record["steps"], m.record["settings"]["budget"]
     return {
         "command": m.record["command"] or "called from Python",
         "molecule": f"{m.record['name']}, {m.record['atoms']} atoms",
@@ -292,6 +292,7 @@ def _provenance(results: Results) -> dict[str, str]:
         "System sha256": m.record["system_sha256"],
         "generator sha256": steps["train"]["sha256"],
         "seed": str(m.record["settings"]["seed"]),
-        "training": f"{steps['train']['steps']} steps, {steps['train']['skipped']} skipped",
+        "training": f"{steps['train']['steps']} steps, {steps['train']['skipped']} skipped"
+        + (f", on a budget of {budget}" if budget else ""),
         **m.record["versions"],
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -97,8 +96,9 @@ class Results:
     @property
     def is_short(self) -> bool:
         """Whether this was but a rehearsal."""
-        settings, usual = self.material.record["settings"], dataclasses.asdict(RunSettings())
-        return any(10 * settings[name] < usual[name] for name in ("training_steps", "md_steps"))
+        record, usual = self.material.record, RunSettings()
+        trained, simulated = record["steps"]["train"]["steps"], record["settings"]["md_steps"]
+        return 10 * trained < usual.training_steps or 10 * simulated < usual.md_steps
 
     @property
     def observable(self) -> str:

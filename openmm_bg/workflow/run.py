@@ -186,6 +186,25 @@ class Run:
                 "choose another folder."
             )
 
+    def set_budget(self, budget: str) -> None:
+        """Train for what may be spent ("10min", "1e7") in place of a number of steps.
+
+        Raises
+        ------
+        InputError
+            For a text that is no budget, and where training was begun with another one.
+        """
+        settings = dataclasses.replace(self.settings, budget=budget)
+        if "train" in self.record["begun"] and budget != self.settings.budget:
+            theirs = self.settings.budget or f"{self.settings.training_steps} steps"
+            raise InputError(
+                f"{self.folder} began its training for {theirs}, not {budget}: leave --budget out to go on with that, "
+                "or choose another folder."
+            )
+        self.settings = settings
+        self.record["settings"] = dataclasses.asdict(settings)
+        self._write()
+
     # -- the folder
 
     def path(self, name: str) -> Path:
@@ -300,7 +319,7 @@ class Run:
         data = Trajectory.load(self.path("training.npz"))
         checkpoint = self.path("training.checkpoint")
         result = generator.fit(
-            data.positions, steps=s.training_steps, likelihood_steps=s.likelihood_steps, seed=s.seed,
+            data.positions, steps=s.training_steps, likelihood_steps=s.likelihood_steps, budget=s.budget, seed=s.seed,
             log=self.path("training.jsonl"), checkpoint=checkpoint, resume=checkpoint.exists(), progress=self.progress,
         )  # fmt: skip
         generator.provenance |= {
@@ -310,8 +329,13 @@ class Run:
             "data": self.record["steps"]["simulate"],
         }
         fingerprint = generator.save(self.path("generator.bg"))
+        self.say(f"      {result.steps:,} steps and {result.evaluations:,} energy evaluations")
         self._finish("train", started, {
-            "evaluations": result.evaluations, "steps": result.steps, "skipped": result.skipped, "sha256": fingerprint,
+            "evaluations": result.evaluations,
+            "steps": result.steps,
+            "skipped": result.skipped,
+            "rollbacks": result.rollbacks,
+            "sha256": fingerprint,
         })  # fmt: skip
 
     def sample(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from openmm_bg.errors import InputError
+from openmm_bg.training import Budget
 from openmm_bg.units import kelvin
 
 # Fewer frames than this cannot be cut into the blocks that every error and every floor is measured from.
@@ -48,6 +49,9 @@ class RunSettings:
         Short runs from every training frame.
     likelihood_steps, training_steps : int
         On the data, then on the energy.
+    budget : str or None
+        What all training may cost in place of ``training_steps``: "10min" or "1e7" evaluations
+        (:meth:`openmm_bg.training.Budget.parse`).
     md_steps : int
         Plain MD to compare with, 1 fs each.
     production_steps, steps_per_iteration, proposals_per_iteration
@@ -75,6 +79,7 @@ class RunSettings:
     bursts: int = 16
     likelihood_steps: int = 400
     training_steps: int = 8000
+    budget: str | None = None
     md_steps: int = 2_000_000
     production_steps: int = 1_000_000
     steps_per_iteration: int = 500
@@ -144,6 +149,8 @@ class RunSettings:
                 )
         if isinstance(self.held_out, bool) or not isinstance(self.held_out, float) or not 0 < self.held_out < 1:
             raise InputError(f"held_out must be a number between 0 and 1, not {self.held_out!r}.")
+        if self.budget is not None:
+            Budget.parse(self.budget)
         if self.exchange_iterations is not None:
             split_frames(np.arange(self.exchange_iterations), self.held_out)
 

@@ -48,7 +48,7 @@ def material(alanine) -> Material:
     steps = {
         "prepare": STEP,
         "simulate": {**STEP, "exchange_evaluations": 1000, "burst_evaluations": 100, "md_evaluations": 200_000},
-        "train": {**STEP, "evaluations": 5000, "steps": 10, "skipped": 0, "sha256": "f" * 64},
+        "train": {**STEP, "evaluations": 5000, "steps": 8000, "skipped": 0, "sha256": "f" * 64},
         "sample": {**STEP, "proposed": 400, "accepted": 200, "refused": 0, "md_steps": 200_000, "resumed": True},
     }
     record = {

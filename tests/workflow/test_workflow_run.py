@@ -87,6 +87,15 @@ def assert_same_result(one: Path, other: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
+def refused(capsys, *arguments: str) -> str:
+    """The one sentence with which a command declines."""
+    capsys.readouterr()
+    assert cli.main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("openmm-bg: ") and "Traceback" not in captured.err
+    return captured.err
+
+
 # -- what a run leaves
 
 
@@ -221,15 +230,27 @@ def test_a_killed_run_goes_on(finished, tmp_path):
     assert_same_result(folder, finished)
 
 
+def test_a_budget_ends_training_and_is_kept(finished, tmp_path, monkeypatch, capsys):
+    whole, folder = (rewound(finished, tmp_path / name, "simulate") for name in ("whole", "stopped"))
+    assert cli.main(["train", "--output", str(whole), "--quiet", "--budget", "3000"]) == 0
+    record = run_json(whole)
+    assert record["settings"]["budget"] == "3000"
+    assert 3000 <= record["steps"]["train"]["evaluations"] < 4024
+
+    train = ["train", "--output", str(folder), "--quiet"]
+    before = (folder / "run.json").read_bytes()
+    assert "neither a time" in refused(capsys, *train, "--budget", "an hour")
+    assert (folder / "run.json").read_bytes() == before
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, torch.optim.Adam, "step", 22)
+        assert cli.main([*train, "--budget", "3000"]) == 130
+    assert "began its training for 3000, not 1h" in refused(capsys, *train, "--budget", "1h")
+    assert cli.main(train) == 0
+    assert_same_weights(folder, whole)
+    assert run_json(folder)["steps"]["train"]["steps"] == record["steps"]["train"]["steps"]
+
+
 # -- folders that were tampered with
-
-
-def refused(capsys, *arguments: str) -> str:
-    capsys.readouterr()
-    assert cli.main(list(arguments)) == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and captured.err.startswith("openmm-bg: ") and "Traceback" not in captured.err
-    return captured.err
 
 
 @pytest.fixture
@@ -352,6 +373,7 @@ def test_settings_say_what_is_wrong():
         {"held_out": 0.0}, {"held_out": float("nan")}, {"held_out": True},
         {"exchange_iterations": 100, "held_out": 0.005}, {"replicas": 1}, {"bursts": True}, {"samples": 1e5},
         {"temperature": float("nan")}, {"steps_per_iteration": 10**6}, {"flow": "spine"},
+        {"budget": "a while"}, {"ladders": 0}, {"heating_steps": -1},
     ):  # fmt: skip
         with pytest.raises(InputError) as caught:
             RunSettings(**wrong)
