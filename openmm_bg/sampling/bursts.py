@@ -20,6 +20,7 @@ import openmm
 import torch
 from tqdm import tqdm
 
+from openmm_bg.device import find_device
 from openmm_bg.energies import ForceFieldEnergy
 from openmm_bg.errors import InputError
 from openmm_bg.sampling.batched import BatchedLangevin, batchable
@@ -32,6 +33,7 @@ __all__ = ["bursts"]
 _BLOCK = 16
 # Bursts in one batch: enough to fill the kernel, few enough to stay in a processor's cache.
 _ROWS = 1024
+_ROWS_OF_A_GPU = 2**16
 
 
 def bursts(
@@ -46,6 +48,7 @@ def bursts(
     seed: int,
     workers: int = 2,
     platform: str | None = None,
+    device: str = "cpu",
     progress: bool = True,
 ) -> Trajectory:
     """`n_bursts` short independent Langevin runs from each frame; the last conformation of each is kept.
@@ -67,6 +70,8 @@ def bursts(
     platform : str, optional
         An OpenMM platform. By default the bursts run as batches in torch where the System allows it (see
         :class:`~openmm_bg.sampling.ReplicaExchange`), else on `fastest_platform(system)`.
+    device : str
+        Where batches run, "cpu" or "cuda".
     progress : bool
         A bar with the remaining time on stderr, where that is a terminal.
 
@@ -103,7 +108,7 @@ def bursts(
     seed = whole_number(seed, "seed", minimum=0)
     if platform is None and batchable(system) is None:
         return _batched(
-            system, x, n_bursts, (shortest, longest), seed, progress,
+            system, x, n_bursts, (shortest, longest), seed, progress, find_device(device),
             temperature=temperature, timestep=timestep, friction=friction,
         )  # fmt: skip
     starts = range(0, len(x), _BLOCK)
@@ -168,6 +173,7 @@ def _batched(
     lengths: tuple[int, int],
     seed: int,
     progress: bool,
+    device: torch.device,
     *,
     temperature: Any,
     timestep: Any,
@@ -175,8 +181,9 @@ def _batched(
 ) -> Trajectory:
     """The same in torch: all bursts of one length together."""
     rng = np.random.default_rng(seed)
-    random = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    energy = ForceFieldEnergy(system, temperature)
+    random = torch.Generator(device).manual_seed(int(rng.integers(2**31)))
+    energy = ForceFieldEnergy(system, temperature).to(device)
+    rows = _ROWS if device.type == "cpu" else _ROWS_OF_A_GPU
     steps = rng.integers(*lengths, size=len(x) * n_bursts, endpoint=True)
     frame = np.arange(len(steps)) // n_bursts
     positions, energies = np.empty((len(steps), *x.shape[1:])), np.empty(len(steps))
@@ -184,7 +191,7 @@ def _batched(
     with tqdm(total=len(steps), unit="burst", disable=None if progress else True) as bar:
         for length in np.unique(steps):
             those = np.flatnonzero(steps == length)
-            for part in np.array_split(those, math.ceil(len(those) / _ROWS)):
+            for part in np.array_split(those, math.ceil(len(those) / rows)):
                 walkers = BatchedLangevin(
                     energy, x[frame[part]], temperature=temperature, timestep=timestep, friction=friction,
                     generator=random,

@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import openmm
+import torch
 from tqdm import tqdm
 
+from openmm_bg.device import find_device
 from openmm_bg.errors import InputError
 from openmm_bg.sampling.archive import load_arrays, save_arrays
 from openmm_bg.sampling.batched import batchable
@@ -80,6 +82,8 @@ class ReplicaExchange:
     platform : str, optional
         An OpenMM platform, which then runs the replicas whatever their number; by default that is
         `fastest_platform(system)`.
+    device : str
+        Where a batch runs, "cpu" or "cuda".
 
     Examples
     --------
@@ -108,6 +112,7 @@ class ReplicaExchange:
         workers: int = 2,
         minimize: bool = True,
         platform: str | None = None,
+        device: str = "cpu",
     ) -> None:
         ladder = np.array([kelvin(temperature) for temperature in temperatures])
         if len(ladder) < 2 or (np.diff(ladder) <= 0).any():
@@ -123,7 +128,8 @@ class ReplicaExchange:
         start = check_system(system, positions)
         self._replicas, self._generator = _replicas(
             system, start, np.tile(ladder, self.ladders), self.seed,
-            timestep=timestep, friction=friction, platform=platform, workers=self.workers, batch=self.ladders > 1,
+            timestep=timestep, friction=friction, platform=platform, workers=self.workers,
+            batch=self.ladders > 1, device=find_device(device),
         )  # fmt: skip
         # What a checkpoint must share with the run that resumes it.
         self._identity = {
@@ -302,13 +308,20 @@ def _replicas(
     platform: str | None,
     workers: int,
     batch: bool,
+    device: torch.device,
 ) -> tuple[Replicas, np.random.Generator]:
     """The replicas, and the random numbers that decide the exchanges."""
     seeds = np.random.SeedSequence(seed).spawn(len(temperatures) + 1)
     *streams, deciding = (np.random.default_rng(child) for child in seeds)
     if batch and platform is None and batchable(system) is None:
-        batched = BatchedReplicas(system, start, temperatures, streams[0], timestep=timestep, friction=friction)
+        batched = BatchedReplicas(
+            system, start, temperatures, streams[0], timestep=timestep, friction=friction, device=device
+        )
         return batched, deciding
+    if device.type != "cpu":
+        raise InputError(
+            "Only several ladders, as one batch, run on a GPU; give more ladders, or leave out the device."
+        )
     contexts = ContextReplicas(
         system, start, temperatures, streams, timestep=timestep, friction=friction,
         platform=platform or fastest_platform(system), workers=workers,
@@ -332,6 +345,7 @@ def replica_exchange(
     workers: int = 2,
     minimize: bool = True,
     platform: str | None = None,
+    device: str = "cpu",
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -351,7 +365,7 @@ def replica_exchange(
         As in `ReplicaExchange`. For a small peptide in implicit solvent `geometric_temperatures(300, 1000, 6)`
         is a good start: alanine dipeptide exchanges 31 to 43 percent of the time and crosses the phi barrier
         about ten times per nanosecond of all replicas together.
-    platform, progress, callback
+    platform, device, progress, callback
         As in `ReplicaExchange` and `ReplicaExchange.run`.
 
     Returns
@@ -384,6 +398,7 @@ def replica_exchange(
         workers=workers,
         minimize=minimize,
         platform=platform,
+        device=device,
     )
     if exists and checkpoint is not None:
         run.restore(checkpoint)

@@ -122,13 +122,14 @@ class BatchedReplicas:
         *,
         timestep: Any,
         friction: Any,
+        device: torch.device,
     ) -> None:
-        self.identity = {"platform": "torch"}
+        self.identity = {"platform": "torch" if device.type == "cpu" else f"torch, {device.type}"}
         self._system, self._relaxed = system, start
-        random = torch.Generator().manual_seed(int(stream.integers(2**31)))
+        random = torch.Generator(device).manual_seed(int(stream.integers(2**31)))
         self._walkers = BatchedLangevin(
-            ForceFieldEnergy(system, 300.0), np.repeat(start[None], len(temperatures), 0), temperature=temperatures,
-            timestep=timestep, friction=friction, generator=random,
+            ForceFieldEnergy(system, 300.0).to(device), np.repeat(start[None], len(temperatures), 0),
+            temperature=temperatures, timestep=timestep, friction=friction, generator=random,
         )  # fmt: skip
 
     @property
@@ -151,10 +152,13 @@ class BatchedReplicas:
         return self._walkers.potential_energy().numpy(force=True)
 
     def positions(self, index: np.ndarray) -> np.ndarray:
-        return self._walkers.positions[torch.as_tensor(index)].double().numpy(force=True)
+        return self._walkers.positions[self._index(index)].double().numpy(force=True)
 
     def permute(self, order: np.ndarray) -> None:
-        self._walkers.permute(torch.as_tensor(order))
+        self._walkers.permute(self._index(order))
+
+    def _index(self, index: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(index, device=self._walkers.positions.device)
 
     def save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         return {"force_evaluations": self.force_evaluations}, {
@@ -164,7 +168,7 @@ class BatchedReplicas:
         }
 
     def restore(self, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        self._walkers.positions = torch.as_tensor(arrays["positions"])
-        self._walkers.velocities = torch.as_tensor(arrays["velocities"])
+        for name in ("positions", "velocities"):
+            setattr(self._walkers, name, torch.as_tensor(arrays[name]).to(self._walkers.positions))
         self._walkers.generator.set_state(torch.as_tensor(arrays["random"]))
         self._walkers.force_evaluations = header["force_evaluations"]

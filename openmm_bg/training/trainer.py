@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from openmm_bg.device import find_device
 from openmm_bg.errors import InputError
 from openmm_bg.files import write_atomically
 from openmm_bg.generator import BoltzmannGenerator
@@ -173,7 +174,7 @@ class Trainer:
         if not self.stages:
             raise InputError("There is nothing to train: every stage has zero steps.")
         dtype = self.settings.dtype
-        self.device = _device(self.settings.device)
+        self.device = find_device(self.settings.device)
         self.budget = budget
         self.target = None if generator.energy is None else Target(generator, dtype, self.device)
         self.data = None if data is None else data.to(self.device, dtype)
@@ -557,17 +558,6 @@ class Trainer:
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.log.write_text("".join(json.dumps(r) + "\n" for r in header["history"]))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        if device.type in ("cpu", "cuda"):
-            torch.empty(0, device=device)
-            return device
-    except (RuntimeError, AssertionError):
-        pass
-    raise InputError(f"There is no device {name!r} to train on here; where torch finds no GPU, use 'cpu'.")
 
 
 def _cumulative(numbers: Sequence[int]) -> list[int]:

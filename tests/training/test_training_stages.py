@@ -154,6 +154,6 @@ def test_several_objectives_are_one_weighted_sum():
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta"])
 def test_a_device_that_is_not_there_is_refused_in_one_sentence(name):
-    with pytest.raises(InputError, match=f"There is no device '{name}' to train on") as caught:
+    with pytest.raises(InputError, match=f"There is no device '{name}'") as caught:
         well().fit(steps=1, settings=Settings(device=name), progress=False)
     assert "\n" not in str(caught.value)
