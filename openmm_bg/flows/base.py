@@ -28,19 +28,20 @@ class _Permute(torch.autograd.Function):
     # plain indexing scatters in its backward pass, which takes ten times as long as the permutation it undoes
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(order, inverse)
-        return x.index_select(1, order)
+        ctx.dim = dim
+        return x.index_select(dim, order)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         order, inverse = ctx.saved_tensors
-        return _Permute.apply(gradient, inverse, order), None, None
+        return _Permute.apply(gradient, inverse, order, ctx.dim), None, None, None
 
 
-def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Columns of x ``(batch, d)`` in another order; ``inverse`` is ``argsort(order)``."""
-    return _Permute.apply(x, order, inverse)
+def permute(x: Tensor, order: Tensor, inverse: Tensor, dim: int = 1) -> Tensor:
+    """Columns (or rows, ``dim=0``) of a matrix in another order; ``inverse`` is ``argsort(order)``."""
+    return _Permute.apply(x, order, inverse, dim)
 
 
 class Transform(nn.Module):

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from openmm_bg.flows.columns import Batched, Selection
+
 
 class Surroundings(NamedTuple):
     """Which block every dimension and every feature of a context belongs to, and which blocks see which.
@@ -52,8 +54,10 @@ class Surroundings(NamedTuple):
         return LocalPerceptron(inputs, [self.dimensions[i] for i in move], self.near, hidden)
 
 
-class LocalPerceptron(nn.Module):
+class LocalPerceptron(Batched, nn.Module):
     """One SiLU perceptron of two hidden layers per block; inputs from blocks within reach, outputs to its own.
+
+    ``columns`` gives the first number of every output, then the second of every output, and so on.
 
     Parameters
     ----------
@@ -70,8 +74,8 @@ class LocalPerceptron(nn.Module):
     --------
     >>> near = torch.eye(2).bool()
     >>> network = LocalPerceptron([0, 0, 1], [0, 1, 1], near, hidden=8)
-    >>> network(torch.zeros(5, 3)).shape
-    torch.Size([5, 3, 2])
+    >>> network.columns(torch.zeros(3, 5), None).shape
+    torch.Size([6, 5])
     """
 
     def __init__(
@@ -82,12 +86,15 @@ class LocalPerceptron(nn.Module):
         seen = [[i for i, block in enumerate(inputs) if near[mine, block]] for mine in blocks]
         own = [[i for i, block in enumerate(outputs) if block == mine] for mine in blocks]
         wide, many = max(1, *map(len, seen)), max(map(len, own))
-        # a column of zeros behind the inputs fills up what blocks with fewer of them lack
-        columns = torch.tensor([s + [len(inputs)] * (wide - len(s)) for s in seen])
-        self.register_buffer("columns", columns.flatten(), persistent=False)
-        places = {output: row * many + k for row, indices in enumerate(own) for k, output in enumerate(indices)}
-        self.register_buffer("places", torch.tensor([places[i] for i in range(len(outputs))]), persistent=False)
-        self.shape, self.numbers = (len(blocks), wide, many), numbers
+        # a row of zeros behind the inputs fills up what blocks with fewer of them lack
+        rows = [s + [len(inputs)] * (wide - len(s)) for s in seen]
+        places = {output: (row, k) for row, indices in enumerate(own) for k, output in enumerate(indices)}
+        order = [
+            (places[i][0] * many + places[i][1]) * numbers + n for n in range(numbers) for i in range(len(outputs))
+        ]
+        self.inputs = Selection([i for row in rows for i in row], len(inputs))
+        self.outputs = Selection(order, len(blocks) * many * numbers)
+        self.shape = (len(blocks), wide, many * numbers)
         fan_in = torch.tensor([max(1, len(s)) for s in seen])[:, None, None]
         self.weight1 = nn.Parameter(torch.randn(len(blocks), wide, hidden) / fan_in.sqrt())
         self.bias1 = nn.Parameter(torch.randn(len(blocks), 1, hidden) * 0.1)
@@ -96,12 +103,21 @@ class LocalPerceptron(nn.Module):
         self.weight3 = nn.Parameter(torch.zeros(len(blocks), hidden, many * numbers))
         self.bias3 = nn.Parameter(torch.zeros(len(blocks), 1, many * numbers))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(batch, inputs)`` to ``(batch, outputs, numbers)``."""
-        blocks, wide, many = self.shape
-        padded = torch.cat([x, x.new_zeros(len(x), 1)], 1)
-        h = padded.index_select(1, self.columns).view(len(x), blocks, wide).transpose(0, 1)
-        h = nn.functional.silu(torch.baddbmm(self.bias1, h, self.weight1))
-        h = nn.functional.silu(torch.baddbmm(self.bias2, h, self.weight2))
-        out = torch.baddbmm(self.bias3, h, self.weight3).transpose(0, 1)
-        return out.reshape(len(x), blocks * many, self.numbers).index_select(1, self.places)
+    def weights(self) -> list[Tensor]:
+        return [self.weight1, self.bias1, self.weight2, self.bias2, self.weight3, self.bias3]
+
+    def gather(self, kept: Tensor, context: Tensor | None) -> Tensor:
+        given = [kept] if context is None else [kept, context]
+        blocks, wide, _ = self.shape
+        return self.inputs(torch.cat([*given, kept.new_zeros(1, kept.shape[1])])).view(blocks, wide, -1)
+
+    def spread(self, gradient: Tensor, kept: int, context: bool) -> tuple[Tensor, Tensor | None]:
+        whole = self.inputs.back(gradient.flatten(0, 1), None if context else kept)
+        return whole[:kept], whole[kept:] if context else None
+
+    def arrange(self, out: Tensor) -> Tensor:
+        return self.outputs(out.flatten(0, 1))
+
+    def disarrange(self, gradient: Tensor) -> Tensor:
+        blocks, _, outputs = self.shape
+        return self.outputs.back(gradient).view(blocks, outputs, -1)

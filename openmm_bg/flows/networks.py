@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from openmm_bg.flows.columns import Batched, ColumnNetwork
+
 
 class Constant(nn.Module):
     """A network of no inputs: the same learnable numbers for every row, zero at initialisation."""
@@ -18,6 +20,41 @@ class Constant(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.values.expand(len(inputs), -1)
+
+    def traced(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.columns(kept, context), ()
+
+    def columns(self, kept: Tensor, context: Tensor | None) -> Tensor:
+        return self.values[:, None].expand(-1, kept.shape[1])
+
+
+class Perceptron(ColumnNetwork, nn.Sequential):
+    """A SiLU perceptron: ``forward`` takes samples as rows, ``columns`` as columns."""
+
+    def weights(self) -> list[Tensor]:
+        return [p for layer in self if isinstance(layer, nn.Linear) for p in (layer.weight, layer.bias)]
+
+    def gather(self, kept: Tensor, context: Tensor | None) -> Tensor:
+        if context is None:
+            return kept
+        return torch.cat([kept, context]) if len(kept) else context
+
+    @staticmethod
+    def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.addmm(bias[:, None], weight, x)
+
+    @staticmethod
+    def layer_back(gradient: Tensor, weight: Tensor) -> Tensor:
+        return weight.T @ gradient
+
+    @staticmethod
+    def layer_gradients(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient @ x.T, gradient.sum(1)
+
+    def first_back(self, gradient: Tensor, weight: Tensor, kept: int, context: bool) -> tuple[Tensor, Tensor | None]:
+        # a context without gradient, most of the input, is spared
+        by_context = self.layer_back(gradient, weight[:, kept:]) if context else None
+        return self.layer_back(gradient, weight[:, :kept]), by_context
 
 
 def perceptron(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Module:
@@ -31,7 +68,7 @@ def perceptron(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Module:
     last = nn.Linear(sizes[-1], outputs)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(*layers, last)
+    return Perceptron(*layers, last)
 
 
 def fourier_features(angles: Tensor, order: int) -> Tensor:
@@ -40,7 +77,7 @@ def fourier_features(angles: Tensor, order: int) -> Tensor:
     return torch.cat([multiples.cos(), multiples.sin()], -1).flatten(-2)
 
 
-class PerceptronStack(nn.Module):
+class PerceptronStack(Batched, nn.Module):
     """One perceptron per output row, evaluated together; row ``i`` sees only the inputs that ``visible[i]`` marks.
 
     Parameters

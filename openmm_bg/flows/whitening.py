@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openmm_bg.flows.base import Transform
+from openmm_bg.flows.coupling import columns_of, scale_and_shift
 from openmm_bg.flows.local import Surroundings
 from openmm_bg.flows.networks import perceptron
 
@@ -72,16 +73,17 @@ class ConditionalWhitening(Transform):
         self.log_det.copy_(roots.log().sum())
 
     def _centre(self, context: Tensor | None) -> Tensor:
-        return self.mean if context is None else self.mean + context @ self.slope
+        # a sample per column, see openmm_bg.flows.columns
+        return self.mean[:, None] if context is None else torch.addmm(self.mean[:, None], self.slope.T, context.T)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._centre(context) + z @ self.root, self.log_det.expand(len(z))
+        return (self._centre(context) + self.root.T @ z.T).T, self.log_det.expand(len(z))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return (y - self._centre(context)) @ self.inverse_root, -self.log_det.expand(len(y))
+        return (self.inverse_root.T @ (y.T - self._centre(context))).T, -self.log_det.expand(len(y))
 
     def push_score(self, z: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        return *self(z, context), score @ self.inverse_root.T
+        return *self(z, context), (self.inverse_root @ score.T).T
 
 
 class ConditionalAffine(Transform):
@@ -103,25 +105,23 @@ class ConditionalAffine(Transform):
         surroundings: Surroundings | None = None,
     ):
         super().__init__(dimension, context_dimension)
-        self.local = surroundings is not None
         if surroundings is not None:
             self.network = surroundings.network([], list(range(dimension)), hidden[0])
         else:
             self.network = perceptron(context_dimension, hidden, 2 * dimension)
 
     def _scale_and_shift(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        numbers = self.network(z[:, :0] if context is None else context)
-        log_scale, shift = numbers.unbind(-1) if self.local else numbers.chunk(2, -1)
-        return 2 * torch.tanh(log_scale / 2), shift
+        return scale_and_shift(self.network.columns(z.new_zeros(0, len(z)), columns_of(context)))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._scale_and_shift(z, context)
-        return z * log_scale.exp() + shift, log_scale.sum(-1)
+        return torch.addcmul(shift, z.T, log_scale.exp()).T, log_scale.sum(0)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._scale_and_shift(y, context)
-        return (y - shift) * (-log_scale).exp(), -log_scale.sum(-1)
+        return ((y.T - shift) * (-log_scale).exp()).T, -log_scale.sum(0)
 
     def push_score(self, z: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         log_scale, shift = self._scale_and_shift(z, context)
-        return z * log_scale.exp() + shift, log_scale.sum(-1), score * (-log_scale.detach()).exp()
+        y = torch.addcmul(shift, z.T, log_scale.exp())
+        return y.T, log_scale.sum(0), (score.T * (-log_scale.detach()).exp()).T

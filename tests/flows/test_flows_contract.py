@@ -149,6 +149,31 @@ def test_pushed_score_is_that_of_the_density_and_the_path_keeps_its_gradient(cas
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", [n for n in TRANSFORMS if "affine" in n])
+def test_gradients_written_by_hand_are_those_of_finite_differences(name):
+    transform = TRANSFORMS[name]()[0].double()
+    disturb(transform)
+    rng = torch.Generator().manual_seed(6)
+    points = [torch.randn(2, 5, generator=rng, dtype=torch.float64)]
+    if transform.context_dimension:
+        points.append(torch.randn(2, transform.context_dimension, generator=rng, dtype=torch.float64))
+    points = [point.requires_grad_() for point in points]
+    for direction in (transform.forward, transform.inverse):
+        assert torch.autograd.gradcheck(direction, points)
+        assert torch.autograd.gradgradcheck(direction, points)
+    # and those of the weights, against operations that autograd knows
+    network = getattr(transform, "network", None)
+    if hasattr(network, "plain"):
+        kept, context = torch.randn(len(getattr(transform, "keep", [])), 3, dtype=torch.float64), None
+        if transform.context_dimension:
+            context = torch.randn(transform.context_dimension, 3, dtype=torch.float64)
+        by_hand, plain = network.columns(kept, context), network.plain(kept, context, network.weights())
+        torch.testing.assert_close(by_hand, plain)
+        weights = network.weights()
+        one, two = (torch.autograd.grad(out.square().sum(), weights) for out in (by_hand, plain))
+        torch.testing.assert_close(one, two)
+
+
 def test_local_networks_see_what_is_within_reach_and_nothing_else():
     around = Surroundings.of([0, 1, 2, 3], [3, 0], [(0, 1), (1, 2), (2, 3)], 1)
     assert around.near[:, :4].tolist() == [[abs(i - j) <= 1 for j in range(4)] for i in range(4)]
