@@ -49,7 +49,7 @@ def settle(settings: RunSettings, molecule: Molecule, generator: BoltzmannGenera
 
 
 def exchange(
-    molecule: Molecule, settings: RunSettings, checkpoint: Path, *, progress: bool = True
+    molecule: Molecule, settings: RunSettings, checkpoint: Path, *, device: str = "cpu", progress: bool = True
 ) -> ReplicaExchangeResult:
     """Replica exchange as the settings have it, or the rest of one that a checkpoint holds.
 
@@ -62,11 +62,14 @@ def exchange(
         molecule.system, molecule.positions,
         temperatures=geometric_temperatures(molecule.temperature, s.highest_temperature, s.replicas),
         steps_per_iteration=s.exchange_steps, timestep=TIMESTEP, seed=s.seed, ladders=s.ladders,
+        device=device,
     )  # fmt: skip
     if checkpoint.exists():
         run.restore(checkpoint)
     elif s.ladders > 1 and s.heating_steps:
-        run.heat(ForceFieldEnergy(molecule.system, molecule.temperature), s.heating_steps, progress=progress)
+        run.heat(
+            ForceFieldEnergy(molecule.system, molecule.temperature), s.heating_steps, device=device, progress=progress
+        )
     warming = max(0, s.equilibration_iterations - run.attempts)
     run.run(warming, record=False, checkpoint=checkpoint, progress=progress)
     run.run(max(0, s.exchange_iterations - len(run)), checkpoint=checkpoint, progress=progress)
@@ -76,13 +79,13 @@ def exchange(
 class _HotExchange(ReplicaExchange):
     """Ladders in one batch whose walkers can leave their common start."""
 
-    def heat(self, energy: ForceFieldEnergy, steps: int, *, progress: bool) -> None:
+    def heat(self, energy: ForceFieldEnergy, steps: int, *, device: str = "cpu", progress: bool) -> None:
         """Move all walkers for some steps at the highest temperature, then slow each down to its own."""
         header, arrays = self._replicas.save()
         top = self.temperatures[-1]
         walkers = BatchedLangevin(
-            energy, arrays["positions"], temperature=top, timestep=TIMESTEP, friction=1.0,
-            generator=torch.Generator().manual_seed(self.seed),
+            energy.to(device), arrays["positions"], temperature=top, timestep=TIMESTEP, friction=1.0,
+            generator=torch.Generator(device).manual_seed(self.seed),
         )  # fmt: skip
         walkers.draw_velocities()
         with tqdm(total=steps, desc="heating", unit="step", disable=None if progress else True) as bar:
