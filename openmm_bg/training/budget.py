@@ -61,13 +61,42 @@ class Budget:
             ) from None
 
     def spent(self, seconds: float, evaluations: int) -> float:
-        """The share that is spent, of what runs out first."""
+        """The share that is spent, of what runs out first: 0 at the start, 1 and more where nothing is left.
+
+        Parameters
+        ----------
+        seconds : float
+        evaluations : int
+            What has been used so far.
+        """
         by_time = 0.0 if self.seconds is None else seconds / self.seconds
         by_evaluations = 0.0 if self.evaluations is None else evaluations / self.evaluations
         return max(by_time, by_evaluations)
 
     def less(self, seconds: float, evaluations: int) -> Budget:
-        """What is left after something else has used its part."""
+        """The budget that remains for what comes next, once this much of it is used; a limit that is not set stays so.
+
+        Parameters
+        ----------
+        seconds : float
+            Time used.
+        evaluations : int
+            Energy evaluations used.
+
+        Raises
+        ------
+        InputError
+            If nothing remains, of time or of evaluations.
+
+        Examples
+        --------
+        >>> Budget(seconds=600.0, evaluations=10**6).less(150.0, 200_000)
+        Budget(seconds=450.0, evaluations=800000)
+        """
+        if self.spent(seconds, evaluations) >= 1:
+            raise InputError(
+                f"Nothing is left of the budget after {seconds:g} seconds and {evaluations} evaluations; give more."
+            )
         return Budget(
             None if self.seconds is None else self.seconds - seconds,
             None if self.evaluations is None else self.evaluations - evaluations,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openmm_bg.flows import MolecularFlow
+from openmm_bg.training.masked import masked_mean, masked_median
 from openmm_bg.training.objectives import Step
 
 
@@ -19,6 +20,11 @@ class ForwardPath:
     base. Of its gradient the path through z is kept alone; the rest has the mean zero. Unlike path gradients on the
     flow's own samples it sees the tails that the flow has lost, and unlike the likelihood it stops moving at the
     target, so that a finite data set leaves no noise in the parameters. Energies and forces of the data are found once.
+
+    No score is cut, however large: the mean over the data is the gradient of the likelihood, wherever the flow is.
+    So the data must be draws of the target. On thermal frames of alanine dipeptide the largest score was at most six
+    times the median of its batch; frames that are no draws (five of 5,000, each atom moved by 0.01 nm) reached a
+    thousand times. Such a frame rules the steps it is in, as far as the trainer's bound on the gradient's norm lets it.
 
     Of a :class:`MolecularFlow` it trains the stiff coordinates given the torsions: path gradients cannot see the
     weights of basins, so put :class:`MaximumLikelihood` or :class:`LogVariance` beside it for those. Other flows must
@@ -43,11 +49,10 @@ class ForwardPath:
     state: dict[str, float] = field(default_factory=dict, init=False)
     tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
 
-    def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         flow = step.flow
         q, u, gradient = step.labelled(step.batch_size, True)
         usable = torch.isfinite(u)
-        q, gradient = q[usable], gradient[usable]
         if isinstance(flow, MolecularFlow):
             t, y = flow.chart.split(q)
             leaf = y.detach().requires_grad_()
@@ -60,7 +65,12 @@ class ForwardPath:
         back, log_det = transform(latent, context)
         (score,) = torch.autograd.grad((back, log_det), latent, (-slope, torch.ones_like(log_det)))
         score = score - base.score(latent.detach())
-        norm = score.norm(dim=-1, keepdim=True)
-        # one frame in a far tail may point the way but not rule the step
-        score = score * (10 * norm.median() / norm.clamp(min=1e-30)).clamp(max=1.0)
-        return (score * z).sum(-1).mean(), {"score": float(score.square().mean())}
+        # zero times NaN is NaN, in the gradient too
+        score = torch.where(usable[:, None], score, 0.0)
+        norm = score.norm(dim=-1)
+        numbers = {
+            "score": masked_mean(score.square().mean(-1), usable),
+            "largest_score": norm.max() / masked_median(norm, usable),
+            "lost": 1 - usable.sum() / len(usable),
+        }
+        return masked_mean((score * z).sum(-1), usable), numbers

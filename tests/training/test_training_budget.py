@@ -60,7 +60,7 @@ def test_what_is_left_and_what_is_spent_of_a_budget():
     assert budget.spent(5.0, 100) == 0.5 and budget.spent(1.0, 900) == 0.9
     assert Budget(evaluations=1000).spent(1e9, 100) == 0.1
     for seconds, evaluations in ((10.0, 0), (0.0, 1000), (0.0, 1001)):
-        with pytest.raises(InputError, match="cannot be spent"):
+        with pytest.raises(InputError, match="Nothing is left"):
             budget.less(seconds, evaluations)
 
 
@@ -132,7 +132,8 @@ def test_with_a_budget_of_time_the_rate_falls_to_zero(tmp_path):
     # it follows what was spent before the step: at least what the last record says, at most what this one does
     for before, after in itertools.pairwise(records):
         most, least = (1e-3 * 0.5 * (1 + math.cos(math.pi * min(r["seconds"] / 0.7, 1.0))) for r in (before, after))
-        assert least - 1e-9 <= after["rate"] <= most + 1e-9
+        # the log rounds seconds to a thousandth
+        assert least - 2e-6 <= after["rate"] <= most + 2e-6
 
 
 # -- resuming

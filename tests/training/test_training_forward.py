@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from scipy.stats import norm, qmc
@@ -106,8 +106,7 @@ def test_its_mean_is_that_of_maximum_likelihood(kind):
         "realnvp": lambda: RealNVP(2, layers=4, hidden=(8,)),
         "spline": lambda: SplineFlow([False] * 2, layers=2, bins=6, hidden=(8,)),
     }[kind]()
-    # where the two are so near that no score is ten times the median: those are cut, which costs a bias
-    perturbed(flow, 0.15 if kind == "realnvp" else 0.03)
+    perturbed(flow, 0.3 if kind == "realnvp" else 0.03)
     mean, widths = torch.tensor([0.3, -0.2], dtype=torch.float64), torch.tensor([1.1, 0.8], dtype=torch.float64)
     data = mean + widths * evenly(2, 15)
     target = Density(lambda x: -0.5 * ((x - mean) / widths).square().sum(-1))
@@ -115,7 +114,7 @@ def test_its_mean_is_that_of_maximum_likelihood(kind):
         gradient_of(objective, flow, data, target) for objective in (ForwardPath(), MaximumLikelihood())
     )
     assert likelihood.norm() > 0.1
-    assert (forward - likelihood).norm() < 5e-3 * likelihood.norm()
+    assert (forward - likelihood).norm() < 1e-3 * likelihood.norm()
 
 
 @pytest.mark.parametrize("make", [molecular, rotor])
@@ -188,14 +187,30 @@ def test_near_the_target_its_noise_is_smaller_than_the_likelihoods():
     assert forward.var(0).sum() < 0.2 * likelihood.var(0).sum()
 
 
-def test_one_frame_in_a_far_tail_does_not_rule_the_step():
-    """Its score is cut to ten times the median."""
+def test_large_scores_keep_their_part_in_the_mean():
+    """A third of the data lies in a valley a hundred times as narrow as the rest, with scores a hundred times as large.
+
+    y = exp(s) z + t: KL(p || q) = s + (variance + (mean - t)^2) exp(-2 s) / 2 + const, whatever p is.
+    """
     flow = RealNVP(1, layers=2).double()
-    target = Density(lambda x: -50 * (x[:, 0] - 0.1) ** 2)
-    data = 0.1 + 0.1 * torch.linspace(-1, 1, 100, dtype=torch.float64)[:, None]
-    seen = [gradient_of(ForwardPath(), flow, x, target) for x in (data, torch.cat([data, data.new_tensor([[1e3]])]))]
-    limit = 10 * (99 * 0.1) * 1e3 / 101  # the cut score (about ten times a score of at most 100 * 0.1) times z
-    assert torch.isfinite(seen[1]).all() and (seen[1] - seen[0]).abs().max() < limit
+    (values,) = flow.parameters()
+    with torch.no_grad():
+        values.copy_(torch.tensor([0.4, 0.1], dtype=torch.float64))
+    s, t = 2 * torch.tanh(values[0] / 2), values[1]
+    narrow, wide = 1.0 + 0.01 * evenly(1, 12), evenly(1, 13)
+    mean, square = 1 / 3, (1 + 0.01**2 + 2) / 3
+    expected = flat(s + 0.5 * (square - mean**2 + (mean - t) ** 2) * torch.exp(-2 * s), flow)
+
+    def log_density(x):
+        parts = [(1 / 3, 1.0, 0.01), (2 / 3, 0.0, 1.0)]
+        logs = [math.log(w / d) - 0.5 * ((x[:, 0] - m) / d) ** 2 for w, m, d in parts]
+        return torch.logsumexp(torch.stack(logs), 0)
+
+    data = torch.cat([narrow, wide])
+    step = Step(flow, Density(log_density), lambda n: data[:n], len(data), 0.0, torch.Generator())
+    loss, numbers = ForwardPath()(step)
+    assert numbers["largest_score"] > 50 and numbers["lost"] == 0
+    assert flat(loss, flow) == pytest.approx(expected, rel=1e-2)
 
 
 def test_rows_without_an_energy_are_left_out():
@@ -284,22 +299,24 @@ def test_few_data_are_enough_for_one_mode():
     assert abs(ends["path"]) < 0.01 and ends["likelihood"] > 0.03
 
 
-def test_on_a_molecule(alanine):
-    run = bg.simulate(
-        alanine.system, alanine.positions, temperature=300, n_frames=120, steps_per_frame=20, seed=1,
-        platform="Reference", progress=False,
-    )  # fmt: skip
-    frames = np.asarray(run.positions)
-    generator = bg.BoltzmannGenerator.for_molecule(alanine.topology, alanine.system, positions=alanine.positions)
+def test_on_a_molecule_it_trains_without_a_stumble():
+    """A flow that was fitted to thermal frames as a Gaussian: no score stands out, and the weights grow even."""
+    trained = bg.BoltzmannGenerator.load(Path(__file__).parents[1] / "data" / "alanine_small.bg")
+    samples = trained.sample(1000, seed=1)
+    rows = torch.multinomial(samples.log_weights.softmax(0), 400, generator=torch.Generator().manual_seed(2))
+    generator = bg.BoltzmannGenerator(
+        trained.energy, MolecularFlow.from_config(trained.flow.config()), trained.coordinates
+    )
     objective = [(1.0, ForwardPath()), (0.1, MaximumLikelihood(torsions_only=True))]
     result = generator.fit(
-        frames, likelihood_steps=0, steps=40, objective=objective, progress=False,
-        settings=Settings(batch_size=64, validation_size=128, validate_every=10, learning_rate=2e-3),
+        samples.positions[rows], likelihood_steps=0, steps=30, objective=objective, progress=False,
+        settings=Settings(batch_size=64, validation_size=500, validate_every=10, learning_rate=3e-3, average=0.9),
     )  # fmt: skip
-    assert (result.evaluations, result.skipped) == (120, 0)
+    assert (result.evaluations, result.skipped, result.rollbacks) == (400, 0, 0)
+    assert max(record["largest_score"] for record in result.history) < 10
     scores = [record["score"] for record in result.history]
-    assert scores[-1] < scores[0]
-    assert torch.isfinite(generator.log_prob(frames)).all()
+    shares = [record["ess_clipped"] for record in result.history]
+    assert scores[-1] < 0.8 * scores[0] and shares[-1] > shares[0]
 
 
 class Cut(ForwardPath):
