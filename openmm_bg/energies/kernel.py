@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_bg.compilation import NUMBERS, NoCompiler, gpu_functions
+from openmm_bg.compilation import library as _library
 from openmm_bg.energies import expression, kernel_source
 from openmm_bg.energies.kernel_source import Columns
 from openmm_bg.energies.model import Model, PairwiseSums, Terms
 
-_TYPES = {torch.float32: "float", torch.float64: "double"}
-_FLAGS = {
-    "AVX512": ("-DCPU_CAPABILITY_AVX512", "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma"),
-    "AVX2": ("-DCPU_CAPABILITY_AVX2", "-mavx2 -mfma -mf16c"),
-}
-
-
-class NoCompiler(Exception):
-    """There is no working C++ compiler; the message says what was tried."""
+__all__ = ["Kernel", "NoCompiler"]
 
 
 class Kernel:
@@ -71,7 +55,7 @@ class Kernel:
         """Energies, ``(batch,)``, and gradients, ``(batch, atoms, 3)``, of x in nm: kJ/mol and nm, times `scale`."""
         key = (x.dtype, x.device)
         if key not in self._ready:
-            if x.dtype not in _TYPES:
+            if x.dtype not in NUMBERS:
                 x = x.to(torch.float32)
                 return self(x, gradient, scale)
             self._ready[key] = (_OnGPU if x.device.type == "cuda" else _OnCPU)(self, *key)
@@ -87,7 +71,7 @@ class _OnCPU:
     """The kernel as a shared library; the GIL is released while it runs."""
 
     def __init__(self, kernel: Kernel, dtype: torch.dtype, device: torch.device) -> None:
-        self.library = _library(kernel.source.text, _TYPES[dtype])
+        self.library = _library(kernel.source.text, NUMBERS[dtype])
         self.atoms, self.scratch = kernel.model.num_atoms, kernel.source.scratch * kernel.model.num_atoms
         self.dtype = np.float32 if dtype == torch.float32 else np.float64
         self.index = [np.ascontiguousarray(table, dtype=np.int32) for table in kernel.index]
@@ -127,15 +111,7 @@ class _OnGPU:
     rows = 2**16
 
     def __init__(self, kernel: Kernel, dtype: torch.dtype, device: torch.device) -> None:
-        text = f"typedef {_TYPES[dtype]} T;\n{kernel.source.text}"
-        make = getattr(torch.cuda, "compile_kernel", None) or getattr(torch.cuda, "_compile_kernel", None)
-        if make is None:
-            raise NoCompiler("this version of torch cannot compile CUDA kernels")
-        try:
-            with torch.cuda.device(device):
-                self.functions = [make(text, name) for name in ("energy", "gradient")]
-        except (RuntimeError, OSError) as error:
-            raise NoCompiler(f"the CUDA kernel does not compile: {' '.join(str(error).split())[:300]}") from error
+        self.functions = gpu_functions(kernel.source.text, NUMBERS[dtype], ("energy", "gradient"), device)
         self.atoms, self.scratch = kernel.model.num_atoms, kernel.source.scratch * kernel.model.num_atoms
         self.dtype, self.device = dtype, device
         self.index = [torch.as_tensor(table, dtype=torch.int32, device=device).contiguous() for table in kernel.index]
@@ -202,71 +178,3 @@ def _parameters(columns: Columns, global_parameters: Mapping[str, float]) -> np.
     computed = expression.evaluate(columns.nodes, known, like)
     table = [np.broadcast_to(v.numpy(), (rows,)) for v in computed]
     return np.stack(table, 1) if table else np.zeros((rows, 0))
-
-
-# ---- the compiler --------------------------------------------------------------------------------------
-
-
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: $OPENMM_BG_CACHE, or openmm_bg in the user's cache directory."""
-    named = os.environ.get("OPENMM_BG_CACHE")
-    if named:
-        return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / (
-        "Library/Caches" if sys.platform == "darwin" else ".cache"
-    )
-    return Path(home) / "openmm_bg"
-
-
-@functools.cache
-def _library(text: str, number: str) -> ctypes.CDLL:
-    """The shared library of a kernel, compiled unless the cache has it."""
-    command = _command()
-    text = f"typedef {number} T;\n{text}"
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
-    identity = "\n".join((text, *command, version, torch.__version__, platform.machine()))
-    name = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    target = cache_directory() / f"{name}.so"
-    if not target.exists():
-        _compile(command, text, target)
-    try:
-        library = ctypes.CDLL(str(target))
-    except OSError:  # a damaged file
-        _compile(command, text, target)
-        library = ctypes.CDLL(str(target))
-    library.evaluate.restype = ctypes.c_int
-    return library
-
-
-def _compile(command: list[str], text: str, target: Path) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # compiled aside and moved: several processes may want the same kernel at once
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            source, built = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
-            source.write_text(text)
-            libraries = Path(torch.__file__).parent / "lib"
-            link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"]
-            done = subprocess.run([*command, str(source), "-o", str(built), *link], capture_output=True, text=True)
-            if done.returncode:
-                raise NoCompiler(f"{command[0]} failed: {' '.join(done.stderr.split())[:300]}")
-            os.replace(built, target)
-    except OSError as error:
-        raise NoCompiler(f"the cache {target.parent} cannot be written ({error}); set OPENMM_BG_CACHE") from error
-
-
-@functools.cache
-def _command() -> list[str]:
-    """The compiler and its options, for the vector registers that torch uses here."""
-    compiler = (
-        shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "clang++", "c++") if shutil.which(name)][:1]
-    )
-    if not compiler or not shutil.which(compiler[0]):
-        raise NoCompiler("no C++ compiler was found (g++, clang++, or what CXX names)")
-    define, machine = _FLAGS.get(torch.backends.cpu.get_cpu_capability(), ("-DCPU_CAPABILITY_DEFAULT", ""))
-    include = Path(torch.__file__).parent / "include"
-    options = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-w"]
-    options += [define, f"-DCPU_CAPABILITY={define[len('-DCPU_CAPABILITY_') :]}", *machine.split(), f"-I{include}"]
-    if sys.platform != "darwin":
-        options.append("-fopenmp")
-    return [*compiler, *options]

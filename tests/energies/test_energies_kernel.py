@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from openmm_bg.energies import kernel, kernel_source
+from openmm_bg import compilation
+from openmm_bg.compilation import NoCompiler
+from openmm_bg.energies import kernel_source
 from openmm_bg.energies.eager_sums import SumsEnergy
 from openmm_bg.energies.eager_terms import TermsEnergy
-from openmm_bg.energies.kernel import Kernel, NoCompiler
+from openmm_bg.energies.kernel import Kernel
 from openmm_bg.energies.lepton import parse
 from openmm_bg.energies.model import Coordinate, Model, PairwiseSums, Terms
 
@@ -165,7 +167,7 @@ def test_global_parameters_need_no_new_kernel(monkeypatch: pytest.MonkeyPatch) -
     built = Kernel(whole(), GLOBALS)
     x = points(4)
     before, _ = built(x, False)
-    monkeypatch.setattr(kernel, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(compilation, "_compile", lambda *_: pytest.fail("compiled again"))
     built.set_global_parameters({"lambda": -2.0})
     after, _ = built(x, False)
     other = Kernel(whole(), {"lambda": -2.0})
@@ -181,47 +183,47 @@ def test_source_does_not_depend_on_the_numbers() -> None:
 
 def test_compiled_once_per_machine(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENMM_BG_CACHE", str(tmp_path))
-    kernel._library.cache_clear()
+    compilation.library.cache_clear()
     try:
         Kernel(Model(ATOMS, [terms("k*r^4")]), {})(points(1), True)
         (first,) = os.listdir(str(tmp_path))
-        kernel._library.cache_clear()
-        monkeypatch.setattr(kernel, "_compile", lambda *_: pytest.fail("compiled again"))
+        compilation.library.cache_clear()
+        monkeypatch.setattr(compilation, "_compile", lambda *_: pytest.fail("compiled again"))
         Kernel(Model(ATOMS, [terms("k*r^4", 3)]), {})(points(1), True)
         assert os.listdir(str(tmp_path)) == [first]
     finally:
-        kernel._library.cache_clear()
+        compilation.library.cache_clear()
 
 
 def test_a_broken_file_in_the_cache_is_made_again(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENMM_BG_CACHE", str(tmp_path))
-    kernel._library.cache_clear()
+    compilation.library.cache_clear()
     model, x = Model(ATOMS, [terms("k*r^3")]), points(2)
     try:
         expected, _ = Kernel(model, {})(x, True)
         (name,) = os.listdir(str(tmp_path))
-        kernel._library.cache_clear()
+        compilation.library.cache_clear()
         path = os.path.join(str(tmp_path), name)
         os.remove(path)
         with open(path, "wb") as stream:
             stream.write(b"not a library")
         assert torch.equal(Kernel(model, {})(x, True)[0], expected)
     finally:
-        kernel._library.cache_clear()
+        compilation.library.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler(compiler: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENMM_BG_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
-    kernel._library.cache_clear()
-    kernel._command.cache_clear()
+    compilation.library.cache_clear()
+    compilation._command.cache_clear()
     try:
         with pytest.raises(NoCompiler):
             Kernel(Model(ATOMS, [terms("k*r^4")]), {})(points(1), True)
     finally:
-        kernel._library.cache_clear()
-        kernel._command.cache_clear()
+        compilation.library.cache_clear()
+        compilation._command.cache_clear()
 
 
 def test_processes_may_compile_at_once(tmp_path: object) -> None:
