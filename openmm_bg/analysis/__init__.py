@@ -2,6 +2,7 @@
 
 from openmm_bg.analysis.clusters import cluster_distances, cluster_w2, pair_distances, single_pass_w2
 from openmm_bg.analysis.compare import Comparison, PopulationPair, compare
+from openmm_bg.analysis.diagnosis import Dependence, Diagnosis, Region, diagnose
 from openmm_bg.analysis.dihedrals import Backbone, backbone_dihedrals
 from openmm_bg.analysis.distances import Distance, energy_w2, measure, torus_w2, total_variation
 from openmm_bg.analysis.formatting import format_value
@@ -28,6 +29,7 @@ from openmm_bg.analysis.statistics import (
     statistical_inefficiency,
 )
 from openmm_bg.analysis.style import to_svg
+from openmm_bg.analysis.weights import pareto_shape
 
 __all__ = [
     "BASINS",
@@ -36,11 +38,14 @@ __all__ = [
     "Card",
     "Chain",
     "Comparison",
+    "Dependence",
+    "Diagnosis",
     "Distance",
     "Figure",
     "Population",
     "PopulationPair",
     "Profile",
+    "Region",
     "Status",
     "Summary",
     "Table",
@@ -54,6 +59,7 @@ __all__ = [
     "cluster_distances",
     "cluster_w2",
     "compare",
+    "diagnose",
     "effective_sample_size",
     "energy_histograms",
     "energy_w2",
@@ -64,6 +70,7 @@ __all__ = [
     "log_weight_histogram",
     "measure",
     "pair_distances",
+    "pareto_shape",
     "phi_profile",
     "populations",
     "ramachandran_maps",

@@ -175,7 +175,9 @@ def _tables(results: Results) -> list[Table]:
          "The exchange also supplied the training data; MD with moves is exact whatever the training was."),
     ):  # fmt: skip
         tables += _comparison(name, comparison, caption)
-    return [*tables, _generator(results.material.quality), _cost(results)]
+    findings = list(results.summary["diagnosis"]["findings"].items())
+    diagnosis = Table("Where the generator loses effective samples", ("subject", "finding"), findings)
+    return [*tables, _generator(results.material.quality), diagnosis, _cost(results)]
 
 
 def _populations(results: Results) -> Table:

@@ -24,6 +24,7 @@ from openmm_bg.analysis import (
 from openmm_bg.analysis import (
     measure as measure_distance,
 )
+from openmm_bg.analysis.diagnosis import jsonable
 from openmm_bg.errors import InputError
 from openmm_bg.workflow.material import Material
 from openmm_bg.workflow.settings import RunSettings
@@ -253,6 +254,7 @@ def _summary(results: Results) -> dict[str, Any]:
         "temperature_K": m.record["temperature"],
         "verdict": verdict(results),
         "generator": m.quality,
+        "diagnosis": steps["sample"]["diagnosis"],
         "moves": {
             "proposed": proposed,
             "accepted": accepted,
@@ -278,16 +280,7 @@ def _summary(results: Results) -> dict[str, Any]:
         "generator_sha256": steps["train"]["sha256"],
         "command": m.record["command"],
     }
-    return _jsonable(summary)
-
-
-def _jsonable(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: None."""
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return jsonable(summary)
 
 
 def verdict(results: Results) -> str:

@@ -33,7 +33,7 @@ from openmm_bg import systems
 from openmm_bg.app import BoltzmannGeneratorSampler
 from openmm_bg.errors import InputError
 from openmm_bg.files import write_atomically
-from openmm_bg.generator import BoltzmannGenerator
+from openmm_bg.generator import BoltzmannGenerator, Samples
 from openmm_bg.generator_file import refuse_code
 from openmm_bg.sampling import Trajectory, bursts, fastest_platform, simulate
 from openmm_bg.systems import Molecule
@@ -41,12 +41,14 @@ from openmm_bg.units import nanometers
 from openmm_bg.version import __version__
 from openmm_bg.workflow import page
 from openmm_bg.workflow.data import TIMESTEP, exchange, settle
+from openmm_bg.workflow.diagnosis import diagnose_generator
 from openmm_bg.workflow.material import Material
 from openmm_bg.workflow.results import Results, headline, measure
 from openmm_bg.workflow.settings import RunSettings
 
 STEPS = ("prepare", "simulate", "train", "sample", "compare", "report")
 _LOCK = ".lock"
+_LOOK = 20_000  # draws by which a generator is judged when it is trained
 _RECORD = {
     "source": str, "name": str, "description": str, "forcefield": list, "temperature": (int, float), "atoms": int,
     "settings": dict, "command": str, "versions": dict, "begun": list, "steps": dict,
@@ -330,11 +332,13 @@ class Run:
         }
         fingerprint = generator.save(self.path("generator.bg"))
         self.say(f"      {result.steps:,} steps and {result.evaluations:,} energy evaluations")
+        diagnosis = self._diagnose(generator, generator.sample(min(s.samples, _LOOK), seed=s.seed + 7))
         self._finish("train", started, {
             "evaluations": result.evaluations,
             "steps": result.steps,
             "skipped": result.skipped,
             "rollbacks": result.rollbacks,
+            "diagnosis": diagnosis,
             "sha256": fingerprint,
         })  # fmt: skip
 
@@ -348,6 +352,7 @@ class Run:
             self.path("samples.npz"), positions=draws.positions.numpy().astype(np.float32),
             reduced_energy=draws.reduced_energy.numpy(), log_prob=draws.log_prob.numpy(),
         )  # fmt: skip
+        diagnosis = self._diagnose(generator, draws)
         integrator = openmm.LangevinMiddleIntegrator(molecule.temperature, 1.0, TIMESTEP)
         integrator.setRandomNumberSeed(s.seed + 4)
         where = fastest_platform(molecule.system)
@@ -386,7 +391,19 @@ class Run:
             "accepted": sampler.numAccepted,
             "refused": sampler.numRefused,
             "md_steps": simulation.currentStep,
+            "diagnosis": diagnosis,
         })  # fmt: skip
+
+    def _diagnose(self, generator: BoltzmannGenerator, draws: Samples) -> dict[str, Any]:
+        """Say, and return for run.json, where a generator loses its effective samples."""
+        _, held_out = self.settings.split(Trajectory.load(self.path("exchange_frames.npz")).positions)
+        diagnosis = diagnose_generator(
+            generator, draws.positions, draws.log_weights.numpy(), held_out, generator.log_weights(held_out).numpy(),
+            self.settings.ladders,
+        )  # fmt: skip
+        for finding in diagnosis.findings.values():
+            self.say(f"      {finding}")
+        return diagnosis.to_dict()
 
     def compare(self) -> None:
         """Everything that is claimed, in summary.json."""

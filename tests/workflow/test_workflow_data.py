@@ -33,7 +33,7 @@ def test_alanine_dipeptide_costs_less_than_ten_million_evaluations(alanine, gene
     walkers, iterations = s.ladders * s.replicas, s.equilibration_iterations + s.exchange_iterations
     exchange = walkers * (s.heating_steps + iterations * (s.exchange_steps + 1))
     bursts = s.training_conformations * 28  # 25 steps on average, two for velocities, one for the energy
-    assert 3e6 < exchange + bursts < 4.5e6
+    assert exchange + bursts < 5e6
     assert exchange + bursts + s.training_steps * Settings().batch_size < 1e7
 
 

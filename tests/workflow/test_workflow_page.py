@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from openmm_bg.analysis import diagnose
 from openmm_bg.coordinates import InternalCoordinates, ZMatrix
 from openmm_bg.workflow import page as run_page
 from openmm_bg.workflow.material import Material
@@ -51,6 +52,7 @@ def material(alanine) -> Material:
         "train": {**STEP, "evaluations": 5000, "steps": 8000, "skipped": 0, "sha256": "f" * 64},
         "sample": {**STEP, "proposed": 400, "accepted": 200, "refused": 0, "md_steps": 200_000, "resumed": True},
     }
+    steps["sample"]["diagnosis"] = diagnose(log_weights, np.zeros(20)).to_dict()
     record = {
         "name": "alanine_dipeptide", "description": "Alanine dipeptide.", "temperature": 300.0, "atoms": 22,
         "forcefield": ["amber99sbildn.xml"], "settings": dataclasses.asdict(RunSettings()), "command": "",
@@ -78,7 +80,7 @@ def test_equal_ensembles_agree_and_the_page_says_so(material, tmp_path):
     assert verdict(results) == "MD with moves agrees with plain MD and with replica exchange within their errors."
     run_page.write(tmp_path / "report.html", results)
     page = (tmp_path / "report.html").read_text()
-    for text in ("Passed", "reweighted", "Memory of φ &gt; 0", "mean -log q", "var log w", "1, last leg"):
+    for text in ("Passed", "reweighted", "Memory of φ &gt; 0", "mean -log q", "var log w", "1, last leg", "Pareto k"):
         assert text in page, text
     assert "φ > 0: " in headline(results) and "effective samples per million" in headline(results)
 

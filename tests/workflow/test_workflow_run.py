@@ -141,6 +141,8 @@ def test_the_summary_is_strict_json_and_agrees_with_the_files(finished):
     )
     assert summary["left_handed_share"]["ALA2"]["MD with moves"]["value"] == pytest.approx(left_handed(phi).mean())
     assert summary["cost"]["force_evaluations"]["MD with moves"] == 5250
+    assert summary["diagnosis"]["ess"] == pytest.approx(summary["generator"]["ess"])
+    assert summary["diagnosis"] == run_json(finished)["steps"]["sample"]["diagnosis"]
 
 
 def test_the_report_stands_alone(finished):
@@ -151,6 +153,7 @@ def test_the_report_stands_alone(finished):
         assert target.startswith(("#", "data:")), target
     assert re.findall(r"https?://(?!www\.w3\.org)", page) == []
     assert "Where the molecule is" in page and "ALA2 φψ W2" in page
+    assert "Where the generator loses effective samples" in page and "tail of the weights" in page
     assert "far shorter than usual" in page and "Passed" not in page
     assert "nan" not in re.sub(r"<[^>]*>", " ", page).lower().split()
 
@@ -197,8 +200,11 @@ def test_steps_one_by_one_with_interruptions_give_the_same_run(finished, tmp_pat
     assert "interrupted; what is done is in" in captured.err and "Traceback" not in captured.err
     assert not (folder / "generator.bg").exists() and (folder / "training.checkpoint").exists()
     assert cli.main(["train", *output, "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "The effective sample size is" in out and "Pareto k of" in out
     assert_same_weights(folder, finished)
-    assert run_json(folder)["steps"]["train"]["resumed"] is True
+    trained, before = (run_json(f)["steps"]["train"] for f in (folder, finished))
+    assert trained["resumed"] is True and trained["diagnosis"] == before["diagnosis"]
 
     with monkeypatch.context() as patch:
         interrupt_after(patch, BoltzmannGeneratorSampler, "_iterate", 33)
