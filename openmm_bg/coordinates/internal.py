@@ -12,7 +12,8 @@ from torch import Tensor
 
 from openmm_bg import units
 from openmm_bg.coordinates.constraints import Constraint, MassMetric, frozen_coordinates
-from openmm_bg.coordinates.geometry import angle, collinearity_threshold, dihedral, distance, place
+from openmm_bg.coordinates.geometry import angle, collinearity_threshold, dihedral, distance
+from openmm_bg.coordinates.placement import Placement
 from openmm_bg.coordinates.tables import ExactTables
 from openmm_bg.coordinates.zmatrix import ZMatrix
 from openmm_bg.errors import InputError
@@ -64,6 +65,11 @@ class InternalCoordinates(ExactTables):
         In Da; needed with constraints.
     half_turns : array of -1, 0, +1, shape (N-3,), optional
         +1 keeps the torsion of that row in (0, pi), -1 in (-pi, 0); see :func:`half_turns_from`. 0: anywhere.
+    compile : bool
+        Place the atoms by a compiled kernel, on the CPU or on a GPU, some ten times faster or more. It is the same for
+        all molecules, made at the first call of :meth:`inverse` in some seconds and kept on disk
+        (``$OPENMM_BG_CACHE``). Where nothing compiles, a warning says so and torch operations are used, as with False.
+        Not part of :meth:`config`.
 
     Attributes
     ----------
@@ -103,9 +109,6 @@ class InternalCoordinates(ExactTables):
     constrained: Tensor
     values: Tensor
     lengths: Tensor
-    order: Tensor
-    standing: Tensor
-    references: Tensor
 
     def __init__(
         self,
@@ -114,6 +117,7 @@ class InternalCoordinates(ExactTables):
         constraints: Sequence[Constraint] = (),
         masses: Sequence[float] | np.ndarray | None = None,
         half_turns: Sequence[int] | np.ndarray | None = None,
+        compile: bool = True,
     ) -> None:
         super().__init__()
         self.zmatrix = zmatrix
@@ -146,7 +150,7 @@ class InternalCoordinates(ExactTables):
         self._register_indices("constrained", np.reshape([pair[:2] for pair in self.constraints], (-1, 2)))
         self.register_buffer("values", torch.tensor(values, dtype=torch.float64))
         self.register_buffer("lengths", torch.tensor([c[2] for c in self.constraints], dtype=torch.float64))
-        self._register_levels()
+        self.placement = Placement(zmatrix, compile)
         self.mass_metric: MassMetric | None = None
         if self.masses is not None and self.constraints:
             self.mass_metric = MassMetric([pair[:2] for pair in self.constraints], self.masses)
@@ -213,7 +217,7 @@ class InternalCoordinates(ExactTables):
             frame, steady = _finite(frame)
             usable = usable & steady
         full = torch.where(usable[:, None], full, self.values.to(q.dtype))
-        x, defined = self._build(full, frame)
+        x, defined = self.placement(full, None if frame is None else frame.rotation)
         log_volume, usable = self._log_volume(full, x, usable & defined)
         x = x if frame is None else x + frame.origin[:, None, :]
         return torch.where(usable[:, None, None], x, math.nan), log_volume
@@ -283,43 +287,6 @@ class InternalCoordinates(ExactTables):
     def _constants(self, full: Tensor) -> Tensor:
         return self.values.to(full.dtype).index_select(0, self.frozen).expand(len(full), -1)
 
-    # Building: all atoms whose references stand are placed at once, level by level
-
-    def _register_levels(self) -> None:
-        level = dict.fromkeys(self.zmatrix.seed, 0)
-        levels: dict[int, list[int]] = {}
-        for index, (atom, *references) in enumerate(self.zmatrix.rows.tolist()):
-            level[atom] = 1 + max(level[reference] for reference in references)
-            levels.setdefault(level[atom], []).append(index)
-        order = [index for depth in sorted(levels) for index in levels[depth]]
-        atoms = [*self.zmatrix.seed, *self.zmatrix.rows[order, 0].tolist()]
-        standing = np.argsort(atoms)  # where each atom stands in the order of placement
-        references = standing[self.zmatrix.rows[order, 1:]]
-        self._level_sizes = tuple(len(levels[depth]) for depth in sorted(levels))
-        self._register_indices("order", order)
-        self._register_indices("standing", standing)
-        self._register_indices("references", references.T)
-
-    def _build(self, full: Tensor, frame: Frame | None) -> tuple[Tensor, Tensor]:
-        lengths, angles, torsions = self._split(full)
-        placed = _seed_positions(lengths[:, :2], angles[:, 0], frame)
-        r = lengths[:, 2:].index_select(1, self.order)
-        theta = angles[:, 1:].index_select(1, self.order)
-        phi = torsions.index_select(1, self.order)
-        sine = theta.sin()
-        along, across, out = theta.cos(), sine * phi.cos(), sine * phi.sin()
-        defined = torch.ones_like(lengths[:, 0], dtype=torch.bool)
-        start = 0
-        for size in self._level_sizes:
-            stop = start + size
-            bond, middle, far = (placed.index_select(2, column[start:stop]) for column in self.references.unbind(0))
-            directions = (part[:, start:stop] for part in (r, along, across, out))
-            atoms, level_defined = place(bond, middle, far, *directions)
-            placed = torch.cat([placed, atoms], 2)
-            defined = defined & level_defined.all(1)
-            start = stop
-        return placed.index_select(2, self.standing).permute(1, 2, 0).contiguous(), defined
-
     # Tables
 
     def _register_indices(self, name: str, values: Sequence[int] | np.ndarray) -> None:
@@ -356,15 +323,3 @@ def _finite(frame: Frame) -> tuple[Frame, Tensor]:
     eye = torch.eye(3).to(frame.rotation)
     rotation = torch.where(steady[:, None, None], frame.rotation, eye)
     return Frame(torch.where(steady[:, None], frame.origin, 0.0), rotation), steady
-
-
-def _seed_positions(lengths: Tensor, theta: Tensor, frame: Frame | None) -> Tensor:
-    """a, b, c, shape (3, batch, 3): turned into the frame, but b at zero, as small numbers round less."""
-    zero = torch.zeros_like(theta)
-    c_along, c_across = lengths[:, 1] * theta.cos(), lengths[:, 1] * theta.sin()
-    along = torch.stack([lengths[:, 0], zero, c_along], 1)
-    across = torch.stack([zero, zero, c_across], 1)
-    if frame is None:
-        return torch.stack([along, across, torch.zeros_like(along)])
-    e1, e2, _ = frame.rotation.permute(2, 1, 0)
-    return along * e1.unsqueeze(2) + across * e2.unsqueeze(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,15 @@ import pytest
 import torch
 from openmm import app, unit
 
-from openmm_bg.coordinates import ZMatrix
+from openmm_bg.coordinates import InternalCoordinates, ZMatrix
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "plain"], scope="module")
+def form(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Both ways of placing atoms: what `compile` is where a test does not name it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(InternalCoordinates.__init__.__kwdefaults__, "compile", request.param)
+        yield request.param
 
 
 @dataclass

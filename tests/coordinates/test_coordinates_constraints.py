@@ -15,6 +15,8 @@ from openmm import app, unit
 from openmm_bg.coordinates import InternalCoordinates, MassMetric, ZMatrix, frozen_coordinates
 from openmm_bg.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("form")
+
 TRIMER = ZMatrix.from_bonds(3, [(0, 1), (1, 2)], "CHC")
 TRIMER_BONDS = [(0, 1, 0.1), (1, 2, 0.1)]
 TRIMER_MASSES = [12.0, 3.0, 12.0]
@@ -27,7 +29,7 @@ def constraints_of(system):
 
 
 @pytest.fixture(scope="module")
-def hydrogen_bonds(dipeptide):
+def hydrogen_bonds(dipeptide, form):
     """Alanine dipeptide with constraints=HBonds: coordinates and exactly constrained positions."""
     system = app.ForceField("amber99sbildn.xml").createSystem(dipeptide.topology, constraints=app.HBonds)
     coordinates = InternalCoordinates(dipeptide.zmatrix, constraints=constraints_of(system), masses=dipeptide.masses)

@@ -16,6 +16,8 @@ from openmm import unit
 from openmm_bg.coordinates import Frame, InternalCoordinates, ZMatrix, angle, half_turns_from
 from openmm_bg.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("form")
+
 BUTANE = ZMatrix.from_bonds(4, [(0, 1), (1, 2), (2, 3)], "CCCC")
 
 
@@ -36,7 +38,7 @@ def on_circle(full, zmatrix):
 
 
 @pytest.fixture(scope="module")
-def coordinates(dipeptide):
+def coordinates(dipeptide, form):
     return InternalCoordinates(dipeptide.zmatrix)
 
 
@@ -284,6 +286,7 @@ def test_pyramidal_nitrogen_may_invert():
 def test_config_and_copies_give_the_same_numbers(dipeptide):
     half_turns = half_turns_from(dipeptide.zmatrix, dipeptide.frames[0].numpy())
     coordinates = InternalCoordinates(dipeptide.zmatrix, half_turns=half_turns, masses=dipeptide.masses)
+    assert "compile" not in coordinates.config()
     stored = InternalCoordinates.from_config(json.loads(json.dumps(coordinates.config())))
     stored.load_state_dict(coordinates.state_dict())
     assert stored.config() == coordinates.config()
