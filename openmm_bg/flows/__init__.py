@@ -3,12 +3,13 @@
 from openmm_bg.flows.autoregressive import AutoregressiveSpline
 from openmm_bg.flows.base import Base, Composition, Flow, Transform, wrap
 from openmm_bg.flows.box import BoxBase
+from openmm_bg.flows.chart import Chart
 from openmm_bg.flows.continuous import ContinuousFlow, ContinuousTransform
 from openmm_bg.flows.coupling import AffineCoupling, SplineCoupling
 from openmm_bg.flows.equivariant import CentredBase, PairEnergy, PairVelocity
 from openmm_bg.flows.general import RealNVP, SplineFlow
 from openmm_bg.flows.gradient_flow import GradientFlowVelocity
-from openmm_bg.flows.molecular import Chart, MolecularFlow
+from openmm_bg.flows.molecular import MolecularFlow
 from openmm_bg.flows.moser import MoserFlow, MoserTransform
 from openmm_bg.flows.spline import circular_spline, interval_spline, rational_quadratic
 from openmm_bg.flows.torsions import AffineTorsions, SplineTorsions

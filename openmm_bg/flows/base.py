@@ -188,7 +188,8 @@ class Base(nn.Module):
 
     def score(self, z: Tensor) -> Tensor:
         """Gradient of the log-density, ``(batch, dimension)``."""
-        return torch.where(self.circular, 0.0, -z / self.std**2)
+        normal = -z / self.std**2
+        return torch.where(self.circular, 0.0, normal) if self._angles else normal
 
     def log_prob(self, z: Tensor, *, broadened: bool = False) -> Tensor:
         """Log-density, ``(batch,)``; -inf for angles outside [-pi, pi] and for values that are not finite."""
@@ -198,10 +199,12 @@ class Base(nn.Module):
         if broadened:
             wide = -0.5 * (unit / self.scale).square() - constant - math.log(self.scale)
             normal = torch.logaddexp(normal + math.log1p(-self.share), wide + math.log(self.share))
-        # as tensors, filled where they live: two plain numbers would meet in float32
-        inside, outside = z.new_full((), -math.log(TWO_PI)), z.new_full((), -math.inf)
-        uniform = torch.where(z.abs() <= math.pi * (1 + 1e-6), inside, outside)
-        value = torch.where(self.circular, uniform, normal).sum(-1)
+        if self._angles:
+            # as tensors, filled where they live: two plain numbers would meet in float32
+            inside, outside = z.new_full((), -math.log(TWO_PI)), z.new_full((), -math.inf)
+            uniform = torch.where(z.abs() <= math.pi * (1 + 1e-6), inside, outside)
+            normal = torch.where(self.circular, uniform, normal)
+        value = normal.sum(-1)
         return torch.where(torch.isfinite(z).all(-1), value, -math.inf)
 
 

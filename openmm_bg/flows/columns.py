@@ -156,7 +156,7 @@ class Selection(nn.Module):
     Parameters
     ----------
     index : sequence of int
-        What is beyond ``rows`` is selected but has no transpose.
+        What is beyond ``rows`` is selected but has no transpose; -1 selects anything and has none either.
     rows : int
     """
 
@@ -164,12 +164,12 @@ class Selection(nn.Module):
         super().__init__()
         uses: list[list[int]] = [[] for _ in range(rows)]
         for place, row in enumerate(index):
-            if row < rows:
+            if 0 <= row < rows:
                 uses[row].append(place)
         self.most = max(1, *map(len, uses)) if rows else 1
         # one row of zeros for what is used less often than the others
         uses = [u + [len(index)] * (self.most - len(u)) for u in uses]
-        self.register_buffer("index", torch.tensor(index, dtype=torch.long), persistent=False)
+        self.register_buffer("index", torch.tensor(index, dtype=torch.long).clamp(min=0), persistent=False)
         self.register_buffer("uses", torch.tensor(uses, dtype=torch.long).view(rows, self.most), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,23 +16,6 @@ from openmm_bg.flows.spline import circular_parameters, circular_spline, interva
 Networks = Literal["joint", "split", "masked"]
 
 
-def alternating_masks(dimension: int, layers: int, generator: torch.Generator) -> list[Tensor]:
-    """Random halves, each followed by its complement; ``(dimension,)`` bool tensors, True where a layer moves."""
-    masks: list[Tensor] = []
-    while len(masks) < layers:
-        order = torch.randperm(dimension, generator=generator)
-        mask = torch.zeros(dimension, dtype=torch.bool)
-        mask[order[: (dimension + 1) // 2]] = True
-        masks += [mask, ~mask]
-    return masks[:layers]
-
-
-def checkered_masks(dimension: int, layers: int) -> list[Tensor]:
-    """The even dimensions, then the odd ones, in turn; ``(dimension,)`` bool tensors, True where a layer moves."""
-    even = torch.arange(dimension) % 2 == 0
-    return [even if layer % 2 == 0 else ~even for layer in range(layers)]
-
-
 def _halves(moved: Tensor) -> tuple[Tensor, Tensor]:
     moved = torch.as_tensor(moved, dtype=torch.bool)
     if moved.ndim != 1 or not moved.any():
@@ -52,7 +35,24 @@ def scale_and_shift(raw: Tensor) -> tuple[Tensor, Tensor]:
     return 4 * torch.sigmoid(s) - 2, shift
 
 
-class AffineCoupling(Transform):
+class _Coupling(Transform):
+    """Cuts vectors into the moved and the kept dimensions, a sample per column, and joins them again."""
+
+    together: Tensor
+    restore: Tensor
+
+    def __init__(self, dimension: int, context_dimension: int, moved: int):
+        super().__init__(dimension, context_dimension)
+        self._sizes_of_parts = [moved, dimension - moved]
+
+    def _parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return permute(z.T, self.together, self.restore, 0).split(self._sizes_of_parts)
+
+    def _whole(self, parts: Tensor) -> Tensor:
+        return permute(parts, self.restore, self.together, 0).T
+
+
+class AffineCoupling(_Coupling):
     """RealNVP: y_moved = z_moved exp(s) + t with s, t functions of the rest (Dinh et al., 2017).
 
     The log-scale is ``2 tanh(s / 2)``: a layer can stretch by e^2 at most, which keeps a deep flow invertible in
@@ -81,8 +81,8 @@ class AffineCoupling(Transform):
     ):
         if networks not in get_args(Networks):
             raise ValueError(f"networks must be one of {', '.join(get_args(Networks))}, not {networks!r}")
-        super().__init__(len(moved), context_dimension)
         move, keep = _halves(moved)
+        super().__init__(len(moved), context_dimension, len(move))
         self.register_buffer("move", move)
         self.register_buffer("keep", keep)
         together = torch.cat([move, keep])
@@ -138,15 +138,8 @@ class AffineCoupling(Transform):
         z = torch.cat([(moved - shift) * (-log_scale).exp(), kept])
         return self._whole(z), -log_scale.sum(0)
 
-    def _parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Moved and kept dimensions as rows."""
-        return permute(z.T, self.together, self.restore, 0).split([len(self.move), len(self.keep)])
 
-    def _whole(self, parts: Tensor) -> Tensor:
-        return permute(parts, self.restore, self.together, 0).T
-
-
-class SplineCoupling(Transform):
+class SplineCoupling(_Coupling):
     """Rational-quadratic spline coupling; each dimension lies on the real line or on the circle.
 
     Parameters
@@ -157,6 +150,8 @@ class SplineCoupling(Transform):
         turn.
     context_dimension, bins, bound, hidden
         Splines have ``bins`` bins, on [-bound, bound] for the dimensions that are not circular.
+    surroundings : Surroundings, optional
+        See :class:`AffineCoupling`; no dimension may be circular.
     """
 
     def __init__(
@@ -169,12 +164,13 @@ class SplineCoupling(Transform):
         bound: float = 6.0,
         hidden: Sequence[int] = (128, 128),
         order: int = 3,
+        surroundings: Surroundings | None = None,
     ):
-        super().__init__(len(moved), context_dimension)
         if len(circular) != len(moved):
             raise ValueError("circular and moved must have one entry per dimension")
         circular = torch.as_tensor(circular, dtype=torch.bool)
         move, keep = _halves(moved)
+        super().__init__(len(moved), context_dimension, len(move))
         self.bins, self.bound, self.order = bins, bound, order
         for name, index in {
             "move_real": move[~circular[move]],
@@ -183,40 +179,75 @@ class SplineCoupling(Transform):
             "keep_circular": keep[circular[keep]],
         }.items():
             self.register_buffer(name, index)
+        together = torch.cat([self.move_real, self.move_circular, self.keep_real, self.keep_circular])
+        self.register_buffer("together", together, persistent=False)
+        self.register_buffer("restore", torch.argsort(together), persistent=False)
         real, turning = len(self.move_real), len(self.move_circular)
         self._sizes = [real * interval_parameters(bins), turning * circular_parameters(bins), turning]
         inputs = len(self.keep_real) + 2 * order * len(self.keep_circular) + context_dimension
-        self.network = perceptron(inputs, hidden, sum(self._sizes))
+        if surroundings is None:
+            self.network = perceptron(inputs, hidden, sum(self._sizes))
+        elif circular.any():
+            raise ValueError("networks that see their surroundings set splines of the real line alone")
+        else:
+            self.network = surroundings.network(
+                keep.tolist(), move.tolist(), hidden[0], interval_parameters(bins), True
+            )
 
-    def _parameters_of(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = [y[:, self.keep_real], fourier_features(y[:, self.keep_circular], self.order)]
-        if context is not None:
-            inputs.append(context)
-        real, turning, shift = self.network(torch.cat(inputs, -1)).split(self._sizes, -1)
-        return (
-            real.unflatten(-1, (len(self.move_real), interval_parameters(self.bins))),
-            turning.unflatten(-1, (len(self.move_circular), circular_parameters(self.bins))),
-            shift,
+    def _inputs(self, kept: Tensor) -> Tensor:
+        """What the network sees of the kept dimensions."""
+        real, angles = kept.split([len(self.keep_real), len(self.keep_circular)])
+        return torch.cat([real, fourier_features(angles, self.order)]) if len(angles) else real
+
+    def _map(self, moved: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Moved rows and the logarithms of their derivatives, from the numbers that the network sets."""
+        real, turning, shift = raw.split(self._sizes)
+        x, angle = moved.split([len(self.move_real), len(self.move_circular)])
+        # the spline itself runs from samples to latents, see openmm_bg.flows.spline
+        real = real.unflatten(0, (len(x), interval_parameters(self.bins)))
+        x, log_derivative = interval_spline(x, real, self.bound, inverse=not inverse)
+        if not len(angle):
+            return x, log_derivative
+        turning, ones = (
+            turning.unflatten(0, (len(angle), circular_parameters(self.bins))),
+            angle.new_ones(len(angle), 1),
         )
+        if inverse:
+            angle, log_turn = circular_spline(wrap(angle - shift), turning, ones)
+        else:
+            angle, log_turn = circular_spline(wrap(angle), turning, ones, inverse=True)
+            angle = wrap(angle + shift)
+        return torch.cat([x, angle]), torch.cat([log_derivative, log_turn])
 
     def _apply_to(self, y: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        real, turning, shift = self._parameters_of(y, context)
-        out = y.clone()
-        # the spline itself runs from samples to latents, see openmm_bg.flows.spline
-        moved, log_real = interval_spline(y[:, self.move_real], real, self.bound, inverse=not inverse)
-        out[:, self.move_real] = moved
-        angle = y[:, self.move_circular]
-        ones = torch.ones_like(angle[0] if len(angle) else shift.new_zeros(shift.shape[-1]))
-        if inverse:
-            moved, log_turn = circular_spline(wrap(angle - shift), turning, ones)
-        else:
-            moved, log_turn = circular_spline(wrap(angle), turning, ones, inverse=True)
-            moved = wrap(moved + shift)
-        out[:, self.move_circular] = moved
-        return out, log_real.sum(-1) + log_turn.sum(-1)
+        moved, kept = self._parts(y)
+        raw = self.network.columns(self._inputs(kept), columns_of(context))
+        moved, log_derivative = self._map(moved, raw, inverse)
+        return self._whole(torch.cat([moved, kept])), log_derivative.sum(0)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_to(z, context, inverse=False)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_to(y, context, inverse=True)
+
+    @torch.enable_grad()
+    def push_score(self, z: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        moved, kept = self._parts(z if z.requires_grad else z.detach().requires_grad_())
+        inputs = self._inputs(kept)
+        raw, slopes = self.network.traced(inputs, columns_of(context))
+        y, log_derivative = self._map(moved, raw, inverse=False)
+        score_moved, score_kept = self._parts(score.detach())
+        ones = torch.ones_like(y)
+        # s_y = (s_z - d log f' / dz) / f' for what moves
+        (bend,) = torch.autograd.grad(log_derivative, moved, ones, retain_graph=True)
+        score_moved = (score_moved - bend) * (-log_derivative.detach()).exp()
+        if len(kept):
+            # at fixed y the numbers of the spline change log q by the negative of what s_y f + log f' gains from them
+            (by_raw,) = torch.autograd.grad((y, log_derivative), raw, (score_moved, ones), retain_graph=True)
+            through = self.network.pull(by_raw, slopes, len(inputs))
+            if len(self.keep_circular):
+                (through,) = torch.autograd.grad(inputs, kept, through, retain_graph=True)
+            score_kept = score_kept - through
+        pushed = self._whole(torch.cat([score_moved, score_kept]))
+        return self._whole(torch.cat([y, kept])), log_derivative.sum(0), pushed

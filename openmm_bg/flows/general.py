@@ -8,13 +8,8 @@ from typing import Any
 import torch
 
 from openmm_bg.flows.base import Base, Composition, Flow
-from openmm_bg.flows.coupling import (
-    AffineCoupling,
-    Networks,
-    SplineCoupling,
-    alternating_masks,
-    checkered_masks,
-)
+from openmm_bg.flows.coupling import AffineCoupling, Networks, SplineCoupling
+from openmm_bg.flows.masks import alternating_masks, checkered_masks
 
 
 class RealNVP(Flow):

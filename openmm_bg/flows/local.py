@@ -7,7 +7,7 @@ rest is irrelevant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,26 +38,61 @@ class Surroundings(NamedTuple):
         one step more.
         """
         blocks = 1 + max(*dimensions, *context, *(i for edge in edges for i in edge), 0)
-        steps = torch.eye(blocks, dtype=torch.bool)
-        for i, j in edges:
-            steps[i, j] = steps[j, i] = True
-        within = torch.eye(blocks, dtype=torch.bool)
-        for _ in range(reach):
-            within = (within.float() @ steps.float()) > 0
-        further = (within.float() @ steps.float()) > 0
-        return cls(tuple(dimensions), tuple(context), torch.cat([within, further], 1))
+        near = [_within(blocks, edges, steps) for steps in (reach, reach + 1)]
+        return cls(tuple(dimensions), tuple(context), torch.cat(near, 1))
 
-    def network(self, keep: Sequence[int], move: Sequence[int], hidden: int) -> LocalPerceptron:
-        """Two numbers for every moved dimension, from the kept ones and the context."""
+    def network(
+        self, keep: Sequence[int], move: Sequence[int], hidden: int, numbers: int = 2, together: bool = False
+    ) -> LocalPerceptron:
+        """Some numbers for every moved dimension, from the kept ones and the context."""
         blocks = len(self.near)
         inputs = [self.dimensions[i] for i in keep] + [blocks + block for block in self.context]
-        return LocalPerceptron(inputs, [self.dimensions[i] for i in move], self.near, hidden)
+        return LocalPerceptron(inputs, [self.dimensions[i] for i in move], self.near, hidden, numbers, together)
+
+
+def _within(blocks: int, edges: Sequence[Sequence[int]], reach: int) -> Tensor:
+    """Which blocks are within ``reach`` steps of which, ``(blocks, blocks)`` bool."""
+    steps = torch.eye(blocks)
+    for i, j in edges:
+        steps[i, j] = steps[j, i] = 1
+    return torch.linalg.matrix_power(steps.double(), reach) > 0
+
+
+def nearby_conditions(
+    blocks: Sequence[int], edges: Sequence[Sequence[int]], reach: int, ends: Collection[int] = ()
+) -> list[list[int]]:
+    """For every angle the angles before it that lie within ``reach`` blocks.
+
+    Parameters
+    ----------
+    blocks : sequence of int
+        The block of every angle.
+    edges : sequence of (int, int)
+        Which blocks are bonded to each other.
+    reach : int
+    ends : collection of int
+        Angles that no angle of another block is given, such as rotors: those of different blocks are then drawn
+        together.
+
+    Returns
+    -------
+    list of lists of int
+        ``conditions`` of :class:`~openmm_bg.flows.AutoregressiveSpline`.
+
+    Examples
+    --------
+    >>> nearby_conditions([0, 0, 1, 1, 2], [(0, 1), (1, 2)], reach=1, ends=[1])
+    [[], [0], [0], [0, 2], [2, 3]]
+    """
+    near = _within(1 + max(*blocks, *(i for edge in edges for i in edge), 0), edges, reach).tolist()
+    return [
+        [j for j in range(i) if near[mine][blocks[j]] and (blocks[j] == mine or j not in ends)]
+        for i, mine in enumerate(blocks)
+    ]
 
 
 class LocalPerceptron(Batched, nn.Module):
     """One SiLU perceptron of two hidden layers per block; inputs from blocks within reach, outputs to its own.
-
-    ``columns`` gives the first number of every output, then the second of every output, and so on.
 
     Parameters
     ----------
@@ -69,6 +104,9 @@ class LocalPerceptron(Batched, nn.Module):
         Units of each hidden layer, in each block.
     numbers : int
         Numbers per output, zero at initialisation.
+    together : bool
+        ``columns`` gives all numbers of the first output, then all of the second, and so on; otherwise the first number
+        of every output, then the second of every output.
 
     Examples
     --------
@@ -79,7 +117,13 @@ class LocalPerceptron(Batched, nn.Module):
     """
 
     def __init__(
-        self, inputs: Sequence[int], outputs: Sequence[int], near: Tensor, hidden: int, numbers: int = 2
+        self,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        near: Tensor,
+        hidden: int,
+        numbers: int = 2,
+        together: bool = False,
     ) -> None:
         super().__init__()
         blocks = sorted(set(outputs))
@@ -88,10 +132,9 @@ class LocalPerceptron(Batched, nn.Module):
         wide, many = max(1, *map(len, seen)), max(map(len, own))
         # a row of zeros behind the inputs fills up what blocks with fewer of them lack
         rows = [s + [len(inputs)] * (wide - len(s)) for s in seen]
-        places = {output: (row, k) for row, indices in enumerate(own) for k, output in enumerate(indices)}
-        order = [
-            (places[i][0] * many + places[i][1]) * numbers + n for n in range(numbers) for i in range(len(outputs))
-        ]
+        places = {output: row * many + k for row, indices in enumerate(own) for k, output in enumerate(indices)}
+        order = torch.tensor([[places[i] * numbers + n for n in range(numbers)] for i in range(len(outputs))])
+        order = (order if together else order.T).flatten().tolist()
         self.inputs = Selection([i for row in rows for i in row], len(inputs))
         self.outputs = Selection(order, len(blocks) * many * numbers)
         self.shape = (len(blocks), wide, many * numbers)

@@ -9,74 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from openmm_bg.flows.base import Base, Composition, Flow, permute, wrap
-from openmm_bg.flows.coupling import AffineCoupling, alternating_masks
+from openmm_bg.flows.base import Base, Composition, Flow
+from openmm_bg.flows.chart import Chart
+from openmm_bg.flows.coupling import AffineCoupling, SplineCoupling
 from openmm_bg.flows.local import Surroundings
+from openmm_bg.flows.masks import alternating_masks, graph_masks
 from openmm_bg.flows.networks import fourier_features
 from openmm_bg.flows.torsions import AffineTorsions, SplineTorsions
 from openmm_bg.flows.whitening import ConditionalAffine, ConditionalWhitening
-
-
-class Chart(nn.Module):
-    """Internal coordinates q to (free torsions t, stiff coordinates y), a shear of unit Jacobian.
-
-    A stiff torsion is measured from its centre, in (-pi, pi). A rotor's torsion becomes the mean over its three
-    hydrogens, ``t = phi_1 + (d_2 + d_3) / 3`` with d the torsions of the two that hang on the first: relabelling them
-    cyclically turns t by exactly 2 pi / 3 and leaves its density alone.
-
-    Parameters
-    ----------
-    dimension : int
-    torsions : sequence of int
-        Columns of q that are free torsions.
-    rotors : dict of int to (int, int)
-        For a free torsion that is a rotor, the columns of the two torsions that hang on it.
-    stiff_torsions : sequence of int
-        Columns of q that are torsions and not free.
-    """
-
-    def __init__(
-        self,
-        dimension: int,
-        torsions: Sequence[int],
-        rotors: dict[int, tuple[int, int]],
-        stiff_torsions: Sequence[int],
-    ):
-        super().__init__()
-        stiff = [i for i in range(dimension) if i not in set(torsions)]
-        siblings = torch.zeros(len(stiff), len(torsions))
-        for torsion, (second, third) in rotors.items():
-            for other in (second, third):
-                siblings[stiff.index(other), list(torsions).index(torsion)] = 1
-        periodic = torch.tensor([i in set(stiff_torsions) for i in stiff], dtype=torch.bool)
-        self.register_buffer("free", torch.tensor(list(torsions), dtype=torch.long), persistent=False)
-        self.register_buffer("stiff", torch.tensor(stiff, dtype=torch.long), persistent=False)
-        self.register_buffer("siblings", siblings, persistent=False)
-        self.register_buffer("periodic", periodic, persistent=False)
-        self.register_buffer("together", torch.cat([self.free, self.stiff]), persistent=False)
-        self.register_buffer("order", torch.argsort(self.together), persistent=False)
-        self.register_buffer("centre", torch.zeros(len(stiff)))
-
-    @torch.no_grad()
-    def set_centre(self, q: Tensor) -> None:
-        """Measure stiff torsions from their circular mean over samples ``(n, dimension)``."""
-        angles = q[:, self.stiff]
-        mean = torch.atan2(angles.sin().mean(0), angles.cos().mean(0))
-        self.centre.copy_(torch.where(self.periodic, mean, 0.0))
-
-    def split(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """``(t, y)`` of shapes ``(batch, torsions)`` and ``(batch, stiff)``."""
-        free, stiff = permute(q, self.together, self.order).split([len(self.free), len(self.stiff)], 1)
-        t = wrap(free + wrap(stiff) @ self.siblings / 3)
-        return t, torch.where(self.periodic, wrap(stiff - self.centre), stiff)
-
-    def join(self, t: Tensor, y: Tensor) -> Tensor:
-        """The inverse of :meth:`split`; rows of NaN where a stiff torsion has left (-pi, pi) about its centre."""
-        stiff = y + self.centre
-        inside = ~(self.periodic & (y.abs() >= math.pi)).any(-1, keepdim=True)
-        stiff = torch.where(self.periodic, wrap(stiff), stiff)
-        q = permute(torch.cat([wrap(t - stiff @ self.siblings / 3), stiff], -1), self.order, self.together)
-        return torch.where(inside, q, math.nan)
 
 
 class MolecularFlow(Flow):
@@ -104,6 +44,15 @@ class MolecularFlow(Flow):
     bonded_blocks : sequence of (int, int)
         Which blocks are bonded to each other.
     reach : int
+    torsion_conditions : sequence of sequences of int, optional
+        For every free torsion the ones before it, by their place in ``torsions``, that its spline is given; see
+        :func:`~openmm_bg.flows.local.nearby_conditions`. None for all of them.
+    neighbours : sequence of (int, int), optional
+        Pairs of stiff coordinates that belong in opposite halves, so that a coupling sees the neighbours of what it
+        moves; None for random halves.
+    spline_layers, spline_bins, spline_bound
+        Spline couplings between the affine ones and the conditional affine map, for densities that are skewed or
+        anharmonic; their bins, on [-bound, bound] in units of standard deviations.
 
     Examples
     --------
@@ -131,6 +80,11 @@ class MolecularFlow(Flow):
         blocks: Sequence[int] | None = None,
         bonded_blocks: Sequence[Sequence[int]] = (),
         reach: int = 1,
+        torsion_conditions: Sequence[Sequence[int]] | None = None,
+        neighbours: Sequence[Sequence[int]] | None = None,
+        spline_layers: int = 0,
+        spline_bins: int = 8,
+        spline_bound: float = 5.0,
     ):
         nn.Module.__init__(self)
         if torsion_model not in ("spline", "realnvp"):
@@ -148,11 +102,24 @@ class MolecularFlow(Flow):
             "order": order,
             "seed": seed,
         }
-        if blocks is not None:  # files of joint networks keep the fingerprint they always had
+        # what is not asked for is not written: files keep the fingerprint they always had
+        if blocks is not None:
             self._config |= {
                 "blocks": [int(b) for b in blocks],
                 "bonded_blocks": [[int(i), int(j)] for i, j in bonded_blocks],
                 "reach": reach,
+            }
+        if torsion_conditions is not None:
+            if torsion_model != "spline":
+                raise ValueError("torsion_conditions need the torsion_model 'spline'")
+            self._config["torsion_conditions"] = [[int(j) for j in before] for before in torsion_conditions]
+        if neighbours is not None:
+            self._config["neighbours"] = [[int(i), int(j)] for i, j in neighbours]
+        if spline_layers:
+            self._config |= {
+                "spline_layers": spline_layers,
+                "spline_bins": spline_bins,
+                "spline_bound": spline_bound,
             }
         self._dimension, self.order = dimension, order
         self.chart = Chart(dimension, torsions, rotors, stiff_torsions)
@@ -167,7 +134,9 @@ class MolecularFlow(Flow):
             if not torsions:
                 self.torsions = None
             elif torsion_model == "spline":
-                self.torsions = SplineTorsions(multiplicity, bins=torsion_bins, hidden=torsion_hidden, order=order)
+                self.torsions = SplineTorsions(
+                    multiplicity, bins=torsion_bins, hidden=torsion_hidden, order=order, conditions=torsion_conditions
+                )
             else:
                 self.torsions = AffineTorsions(multiplicity, hidden=(hidden, hidden), generator=masks)
             context = 2 * order * len(torsions)
@@ -175,15 +144,25 @@ class MolecularFlow(Flow):
             if blocks is not None:
                 features = [blocks[i] for i in torsions for _ in range(2 * order)]
                 around = Surroundings.of([blocks[i] for i in self.chart.stiff.tolist()], features, bonded_blocks, reach)
-            transforms = [
-                AffineCoupling(mask, context, (hidden, hidden), surroundings=around)
-                for mask in alternating_masks(stiff, layers, masks)
-                if mask.any()
-            ]
+            edges = None
+            if neighbours is not None:
+                place = {column: i for i, column in enumerate(self.chart.stiff.tolist())}
+                if not {i for pair in self._config["neighbours"] for i in pair} <= place.keys():
+                    raise ValueError("neighbours must be pairs of stiff coordinates")
+                edges = [(place[i], place[j]) for i, j in self._config["neighbours"]]
+
+            def halves(count: int) -> list[Tensor]:
+                if edges is None:
+                    return [mask for mask in alternating_masks(stiff, count, masks) if mask.any()]
+                return [mask for mask in graph_masks(stiff, edges, count, masks) if mask.any()]
+
+            wide, real = (hidden, hidden), torch.zeros(stiff, dtype=torch.bool)
+            spline = {"bins": spline_bins, "bound": spline_bound, "hidden": wide, "surroundings": around}
             self.stiff = Composition(
                 [
-                    *transforms,
-                    ConditionalAffine(stiff, context, (hidden, hidden), around),
+                    *(AffineCoupling(mask, context, wide, surroundings=around) for mask in halves(layers)),
+                    *(SplineCoupling(mask, real, context, **spline) for mask in halves(spline_layers)),
+                    ConditionalAffine(stiff, context, wide, around),
                     ConditionalWhitening(stiff, context),
                 ]
             )
@@ -205,7 +184,7 @@ class MolecularFlow(Flow):
 
     def context(self, t: Tensor) -> Tensor | None:
         """What the stiff coordinates see of the torsions, ``(batch, 2 * order * torsions)``."""
-        return None if self.torsions is None else fourier_features(t, self.order)
+        return None if self.torsions is None else fourier_features(t.T, self.order).T
 
     @torch.no_grad()
     def initialize(self, q: Tensor) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from openmm_bg.flows.columns import Batched, ColumnNetwork
+from openmm_bg.flows.columns import Batched, ColumnNetwork, Selection
 
 
 class Constant(nn.Module):
@@ -72,39 +72,75 @@ def perceptron(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Module:
 
 
 def fourier_features(angles: Tensor, order: int) -> Tensor:
-    """cos and sin of 1..order times each angle: ``(batch, d)`` to ``(batch, 2 * order * d)``, grouped by angle."""
-    multiples = angles[..., None] * torch.arange(1, order + 1, dtype=angles.dtype, device=angles.device)
-    return torch.cat([multiples.cos(), multiples.sin()], -1).flatten(-2)
+    """cos and sin of 1..order times each angle: ``(d, batch)`` to ``(2 * order * d, batch)``, grouped by angle."""
+    multiples = angles[:, None] * torch.arange(1, order + 1, dtype=angles.dtype, device=angles.device)[:, None]
+    return torch.cat([multiples.cos(), multiples.sin()], 1).flatten(0, 1)
 
 
 class PerceptronStack(Batched, nn.Module):
-    """One perceptron per output row, evaluated together; row ``i`` sees only the inputs that ``visible[i]`` marks.
+    """One perceptron of two hidden layers per row, evaluated together; row ``i`` sees the inputs that ``visible[i]``
+    marks.
 
     Parameters
     ----------
     visible : Tensor of bool, (rows, inputs)
     hidden, outputs : int
-        Two hidden layers of ``hidden`` units; ``outputs`` numbers per row, zero at initialisation.
+        Units of each hidden layer; numbers per row, zero at initialisation.
+    packed : bool
+        The first layer holds as many weights per row as the row with most inputs needs, not one for every input.
+
+    Examples
+    --------
+    >>> stack = PerceptronStack(torch.eye(3).bool(), hidden=8, outputs=2, packed=True)
+    >>> stack.weight1.shape, stack.columns(torch.zeros(3, 5), None).shape
+    (torch.Size([3, 1, 8]), torch.Size([3, 2, 5]))
     """
 
-    def __init__(self, visible: Tensor, hidden: int, outputs: int):
+    def __init__(self, visible: Tensor, hidden: int, outputs: int, *, packed: bool = False):
         super().__init__()
         rows, inputs = visible.shape
-        self.register_buffer("visible", visible[..., None].to(torch.get_default_dtype()), persistent=False)
         fan_in = visible.sum(-1).clamp(min=1)[:, None, None]
-        self.weight1 = nn.Parameter(torch.randn(rows, inputs, hidden) / fan_in.sqrt())
+        self.packed, self.select = packed, None
+        if packed:
+            seen = [row.nonzero()[:, 0].tolist() for row in visible]
+            wide = max(1, *map(len, seen))
+            # what a row lacks is filled up with an input that it gives no weight
+            self.select = Selection([i for s in seen for i in s + [-1] * (wide - len(s))], inputs)
+            visible = torch.tensor([[k < len(s) for k in range(wide)] for s in seen])
+        wide = visible.shape[1]
+        self.register_buffer("visible", visible[..., None].to(torch.get_default_dtype()), persistent=False)
+        self.weight1 = nn.Parameter(torch.randn(rows, wide, hidden) / fan_in.sqrt())
         self.bias1 = nn.Parameter(torch.randn(rows, 1, hidden) * 0.1)
         self.weight2 = nn.Parameter(torch.randn(rows, hidden, hidden) / hidden**0.5)
         self.bias2 = nn.Parameter(torch.zeros(rows, 1, hidden))
         self.weight3 = nn.Parameter(torch.zeros(rows, hidden, outputs))
         self.bias3 = nn.Parameter(torch.zeros(rows, 1, outputs))
 
-    def forward(self, inputs: Tensor, row: int | None = None) -> Tensor:
-        """``(batch, inputs)`` to ``(batch, rows, outputs)``, or to ``(batch, outputs)`` of a single row."""
-        if row is not None:
-            h = nn.functional.silu(inputs @ (self.weight1[row] * self.visible[row]) + self.bias1[row])
-            h = nn.functional.silu(h @ self.weight2[row] + self.bias2[row])
-            return h @ self.weight3[row] + self.bias3[row]
-        h = nn.functional.silu(inputs @ (self.weight1 * self.visible) + self.bias1)
-        h = nn.functional.silu(h @ self.weight2 + self.bias2)
-        return (h @ self.weight3 + self.bias3).transpose(0, 1)
+    def weights(self) -> list[Tensor]:
+        return [self.weight1 * self.visible, self.bias1, self.weight2, self.bias2, self.weight3, self.bias3]
+
+    def gather(self, kept: Tensor, context: Tensor | None) -> Tensor:
+        rows, wide, _ = self.weight1.shape
+        if self.select is None:
+            return kept.expand(rows, -1, -1)
+        return self.select(kept).view(rows, wide, -1)
+
+    def spread(self, gradient: Tensor, kept: int, context: bool) -> tuple[Tensor, None]:
+        return gradient.sum(0) if self.select is None else self.select.back(gradient.flatten(0, 1)), None
+
+    def some(self, inputs: Tensor, first: int, last: int) -> Tensor:
+        """The rows from ``first`` to before ``last`` alone, ``(last - first, outputs, batch)``.
+
+        Where the stack is not packed ``inputs`` may end with the last that they see.
+        """
+        rows = slice(first, last)
+        if self.select is None:
+            weight = self.weight1[rows, : len(inputs)] * self.visible[rows, : len(inputs)]
+            x = inputs.expand(last - first, -1, -1)
+        else:
+            wide = self.weight1.shape[1]
+            weight = self.weight1[rows] * self.visible[rows]
+            x = inputs.index_select(0, self.select.index[first * wide : last * wide]).view(last - first, wide, -1)
+        h = nn.functional.silu(self.layer(x, weight, self.bias1[rows]))
+        h = nn.functional.silu(self.layer(h, self.weight2[rows], self.bias2[rows]))
+        return self.layer(h, self.weight3[rows], self.bias3[rows])

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from openmm_bg.flows.autoregressive import AutoregressiveSpline
 from openmm_bg.flows.base import TWO_PI, Base, Composition, Flow, wrap
-from openmm_bg.flows.coupling import AffineCoupling, alternating_masks
+from openmm_bg.flows.coupling import AffineCoupling
+from openmm_bg.flows.masks import alternating_masks
 
 
 class SplineTorsions(Flow):
@@ -23,14 +24,24 @@ class SplineTorsions(Flow):
     ----------
     multiplicity : sequence of int
         3 for a methyl rotor, else 1.
+    bins, hidden, order, conditions
+        See :class:`AutoregressiveSpline`.
     """
 
     share = 0.02
 
-    def __init__(self, multiplicity: Sequence[int], *, bins: int = 12, hidden: int = 48, order: int = 3):
+    def __init__(
+        self,
+        multiplicity: Sequence[int],
+        *,
+        bins: int = 12,
+        hidden: int = 48,
+        order: int = 3,
+        conditions: Sequence[Sequence[int]] | None = None,
+    ):
         super().__init__(
             Base([True] * len(multiplicity)),
-            AutoregressiveSpline(multiplicity, bins=bins, hidden=hidden, order=order),
+            AutoregressiveSpline(multiplicity, bins=bins, hidden=hidden, order=order, conditions=conditions),
         )
 
     @property
