@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,8 @@ def _tables(results: Results) -> list[Table]:
          "The exchange also supplied the training data; MD with moves is exact whatever the training was."),
     ):  # fmt: skip
         tables += _comparison(name, comparison, caption)
-    findings = list(results.summary["diagnosis"]["findings"].items())
-    diagnosis = Table("Where the generator loses effective samples", ("subject", "finding"), findings)
-    return [*tables, _generator(results.material.quality), diagnosis, _cost(results)]
+    diagnosis = results.summary["diagnosis"]
+    return [*tables, _generator(results.material.quality, diagnosis), *_basins(diagnosis), _cost(results)]
 
 
 def _populations(results: Results) -> Table:
@@ -222,16 +222,39 @@ def _comparison(name: str, comparison: Comparison, caption: str) -> list[Table]:
     return tables
 
 
-def _generator(q: dict[str, Any]) -> Table:
+def _generator(q: dict[str, Any], diagnosis: dict[str, Any]) -> Table:
+    k, error = _number(diagnosis["pareto_k"]), _number(diagnosis["pareto_k_error"])
     rows = [
         ("effective sample size, unclipped", f"{100 * q['ess']:.2f} % of {q['n']:,}"),
         ("the same with the largest 0.01 % of the weights clipped", f"{100 * q['ess_clipped']:.2f} %"),
+        ("Pareto k of the largest weights", format_value(k, error)),
         ("stationary acceptance of an independence chain", f"{100 * q['acceptance']:.2f} %"),
         ("forward figure 1/E[p/q]", f"{100 * q['forward']:.2f} % on {q['held_out_frames']:,} held-out frames"),
         ("largest log p/q on held-out frames", format_value(q["largest_log_ratio"])),
         ("log Z", format_value(q["log_z"], q["log_z_error"])),
     ]
-    return Table("The generator", ("figure", "value"), rows)
+    return Table("The generator", ("figure", "value"), rows, " ".join(diagnosis["findings"].values()))
+
+
+def _basins(diagnosis: dict[str, Any]) -> list[Table]:
+    """Where the generator is, and where frames of the target are that training never saw."""
+    rows = [
+        (
+            region["name"],
+            format_value(100 * region["share"], 100 * region["share_error"]),
+            format_value(100 * region["drawn"], 100 * region["drawn_error"]),
+            format_value(_number(region["ratio"]), _number(region["ratio_error"])),
+        )
+        for region in diagnosis["regions"]
+    ]
+    columns = ("basin", "held-out frames, %", "draws, %", "mean p/q on those frames")
+    caption = "A generator that makes a basin too rarely has a large mean p/q there."
+    return [Table("Basins of the generator", columns, rows, caption)] if rows else []
+
+
+def _number(value: float | None) -> float:
+    """JSON has None for what was not measured."""
+    return math.nan if value is None else value
 
 
 def _cost(results: Results) -> Table:

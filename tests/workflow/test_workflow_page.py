@@ -52,7 +52,9 @@ def material(alanine) -> Material:
         "train": {**STEP, "evaluations": 5000, "steps": 8000, "skipped": 0, "sha256": "f" * 64},
         "sample": {**STEP, "proposed": 400, "accepted": 200, "refused": 0, "md_steps": 200_000, "resumed": True},
     }
-    steps["sample"]["diagnosis"] = diagnose(log_weights, np.zeros(20)).to_dict()
+    steps["sample"]["diagnosis"] = diagnose(
+        log_weights, np.zeros(20), regions={"left": (log_weights > 0, np.zeros(20, dtype=bool))}
+    ).to_dict()  # fmt: skip
     record = {
         "name": "alanine_dipeptide", "description": "Alanine dipeptide.", "temperature": 300.0, "atoms": 22,
         "forcefield": ["amber99sbildn.xml"], "settings": dataclasses.asdict(RunSettings()), "command": "",
