@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from openmm_bg.errors import InputError
@@ -19,6 +18,7 @@ Boltzmann generators for OpenMM: a network proposes whole conformations together
 probability density, and molecular dynamics accepts or rejects them exactly.
 
   openmm-bg run alanine_dipeptide --output results/ala2     from nothing to an ensemble and report.html
+  openmm-bg run "ACE SER NME"                               a peptide by its residues, into results/ACE-SER-NME
   openmm-bg run my.pdb --temperature 310                    into results/my
   openmm-bg run my.pdb --resume
   openmm-bg run my.pdb --budget 10min                       ten minutes of training, and the best of it
@@ -101,7 +101,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _begin(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what")
-    what.add_argument("molecule", help="a name (see `openmm-bg systems`) or a PDB file with all hydrogens")
+    what.add_argument(
+        "molecule",
+        help="a name (see `openmm-bg systems`), residues such as 'ACE ALA NME', or a PDB file with all hydrogens",
+    )
     what.add_argument("--output", metavar="DIR", help="a new or empty folder (default results/NAME of the molecule)")
     what.add_argument(
         "--resume", action="store_true", help="go on with the run in the folder, or begin it where there is none"
@@ -111,7 +114,7 @@ def _begin(parser: argparse.ArgumentParser) -> None:
         "--forcefield",
         nargs="+",
         metavar="XML",
-        help="OpenMM force field files for a PDB file (default amber99sbildn.xml amber99_obc.xml)",
+        help="OpenMM force field files for residues or a PDB file (default amber99sbildn.xml amber99_obc.xml)",
     )
     how = parser.add_argument_group("how much")
     how.add_argument("--seed", type=int, metavar="N")
@@ -137,9 +140,10 @@ def _begin(parser: argparse.ArgumentParser) -> None:
 
 def _start(options: argparse.Namespace, command: str) -> None:
     from openmm_bg import workflow
+    from openmm_bg.workflow.source import folder_name
 
     if options.output is None:
-        options.output = os.path.join("results", Path(options.molecule).stem)
+        options.output = os.path.join("results", folder_name(options.molecule))
     with workflow.Run.start(
         options.molecule, options.output, _settings(options),
         forcefield=None if options.forcefield is None else tuple(options.forcefield), resume=options.resume,
@@ -176,6 +180,7 @@ def _systems(options: argparse.Namespace, command: str) -> None:
     width = max(map(len, systems.names()))
     for name in systems.names():
         _say(f"{name:{width}}  {systems.describe(name)}")
+    _say('\nAny other peptide is named by its residues, caps first and last: openmm-bg run "ACE SER NME".')
 
 
 def _say(line: str) -> None:

@@ -72,7 +72,9 @@ def test_version(call):
 def test_systems_lists_every_name_with_a_sentence(call):
     code, out, err = call("systems")
     assert code == 0 and err == ""
-    rows = [line.split(maxsplit=1) for line in out.splitlines()]
+    listed, _, more = out.partition("\n\n")
+    assert 'openmm-bg run "ACE SER NME"' in more
+    rows = [line.split(maxsplit=1) for line in listed.splitlines()]
     assert tuple(name for name, _ in rows) == systems.names()
     assert all(sentence.endswith(".") for _, sentence in rows)
 
@@ -133,6 +135,22 @@ WORDS = {
     "a folder as a file": (["run", "./", "--output", "out"], "There is no PDB file"),
     "unknown molecule": (["run", "alanine_dipeptid", "--output", "out"], "Did you mean 'alanine_dipeptide'?"),
     "empty name": (["run", "", "--output", "out"], "There is no target named ''"),
+    "unknown residue": (
+        ["run", "ACE ALX NME", "--output", "out"],
+        "There is no residue 'ALX' in the three-letter code:",
+    ),
+    "cap in the middle": (["run", "ALA ACE NME", "--output", "out"], "ACE caps the start of a peptide"),
+    "residues in small letters": (
+        ["run", "ace ala nme", "--output", "out"],
+        "no residue 'ace' in the three-letter code",
+    ),
+    "one-letter code": (["run", "ELIL", "--output", "out"], 'such as "GLU LEU ILE LEU"'),
+    "hyphens": (["run", "ACE-ALA-NME", "--output", "out"], 'set apart by blanks, not hyphens: "ACE ALA NME"'),
+    "force field without residues": (
+        ["run", "ACE ALA NME", "--output", "out", "--forcefield", "tip3p.xml"],
+        "has no template ACE",
+    ),
+    "density at a temperature": (["run", "double_well", "--temperature", "310"], "is an analytic density, not a"),
     "density": (["run", "double_well", "--output", "out"], "is an analytic density, not a molecule"),
     "temperature nan": (["run", *ALA, "--temperature", "nan"], "temperature must be a positive finite number"),
     "temperature inf": (["run", *ALA, "--temperature", "inf"], "temperature must be a positive finite number"),
@@ -233,3 +251,6 @@ def test_the_folder_has_a_default(call, tmp_path, monkeypatch):
     (tmp_path / "results" / "my" / "here.txt").write_text("kept")
     (tmp_path / "my.pdb").write_text((Path(systems.__file__).parent / "alanine_dipeptide.pdb").read_text())
     assert_refused(call, tmp_path, ["run", "my.pdb"], "results/my is not empty")
+    (tmp_path / "results" / "ACE-GLY-NME").mkdir()
+    (tmp_path / "results" / "ACE-GLY-NME" / "here.txt").write_text("kept")
+    assert_refused(call, tmp_path, ["run", " ACE  GLY NME"], "results/ACE-GLY-NME is not empty")

@@ -29,7 +29,6 @@ import torch
 from openmm import app, unit
 from tqdm.auto import tqdm
 
-from openmm_bg import systems
 from openmm_bg.app import BoltzmannGeneratorSampler
 from openmm_bg.errors import InputError
 from openmm_bg.files import write_atomically
@@ -45,6 +44,7 @@ from openmm_bg.workflow.diagnosis import diagnose_generator
 from openmm_bg.workflow.material import Material
 from openmm_bg.workflow.results import Results, headline, measure
 from openmm_bg.workflow.settings import RunSettings
+from openmm_bg.workflow.source import canonical, is_file, is_sequence, load_molecule
 
 STEPS = ("prepare", "simulate", "train", "sample", "compare", "report")
 _LOCK = ".lock"
@@ -105,12 +105,12 @@ class Run:
         Parameters
         ----------
         source : str
-            The name of a molecule, or a PDB file.
+            The name of a molecule, a sequence of residues, or a PDB file.
         folder : path-like
         settings : RunSettings, optional
             None for the usual ones, or for those of the run that is resumed; others than that run's are refused.
         forcefield : tuple of str, optional
-            For a PDB file.
+            For a sequence or a PDB file.
         resume : bool
         command : str
             Kept in run.json.
@@ -133,7 +133,7 @@ class Run:
             raise InputError(f"{folder} is not empty; choose another folder, or {hint}. Nothing was changed.")
         record = {
             "openmm_bg": __version__,
-            "source": _canonical(source),
+            "source": canonical(source),
             "name": molecule.name,
             "description": molecule.description,
             "forcefield": list(molecule.forcefield),
@@ -176,7 +176,7 @@ class Run:
             yield run
 
     def _check_same(self, source: str, settings: RunSettings | None, forcefield: tuple[str, ...] | None) -> None:
-        if _canonical(source) != self.record["source"]:
+        if canonical(source) != self.record["source"]:
             theirs = self.record["source"]
             raise InputError(f"{self.folder} holds a run of {theirs}, not of {source}; choose another folder.")
         other = [] if settings is None else self.settings.differences(settings)
@@ -274,8 +274,9 @@ class Run:
     def prepare(self) -> None:
         """Molecule and System, written down."""
         started = time.perf_counter()
-        forcefield = tuple(self.record["forcefield"]) if _is_file(self.record["source"]) else None
-        molecule = self._built or load_molecule(self.record["source"], forcefield, self.settings.temperature)
+        source = self.record["source"]
+        forcefield = tuple(self.record["forcefield"]) if is_file(source) or is_sequence(source) else None
+        molecule = self._built or load_molecule(source, forcefield, self.settings.temperature)
         pdb = io.StringIO()
         app.PDBFile.writeFile(molecule.topology, molecule.positions * unit.nanometer, pdb, keepIds=True)
         write_atomically(self.path("molecule.pdb"), pdb.getvalue().encode())
@@ -436,26 +437,6 @@ _PURPOSE = {
     "compare": "against plain MD and replica exchange",
     "report": "the page",
 }
-
-
-def load_molecule(source: str, forcefield: tuple[str, ...] | None, temperature: float | None) -> Molecule:
-    """A molecule by name, or from a PDB file with a force field (None for the usual one)."""
-    options = {} if temperature is None else {"temperature": temperature}
-    if _is_file(source):
-        return systems.from_pdb(source, forcefield=forcefield or systems.IMPLICIT_FORCE_FIELD, **options)
-    if not isinstance(systems.load(source), Molecule):
-        raise InputError(f"{source} is an analytic density, not a molecule; openmm-bg runs molecules.")
-    if forcefield is not None:
-        raise InputError(f"{source} has a force field of its own; choose one only with a PDB file.")
-    return systems.load(source, **options)
-
-
-def _is_file(source: str) -> bool:
-    return source.lower().endswith(".pdb") or os.sep in source or Path(source).is_file()
-
-
-def _canonical(source: str) -> str:
-    return str(Path(source).resolve()) if _is_file(source) else source
 
 
 def generator_for(molecule: Molecule, settings: RunSettings) -> BoltzmannGenerator:

@@ -153,7 +153,7 @@ def test_the_report_stands_alone(finished):
         assert target.startswith(("#", "data:")), target
     assert re.findall(r"https?://(?!www\.w3\.org)", page) == []
     assert "Where the molecule is" in page and "ALA2 φψ W2" in page
-    assert "Where the generator loses effective samples" in page and "tail of the weights" in page
+    assert "The largest weights fall off with a Pareto k of" in page and "cis peptide bond before NME 3" in page
     assert "far shorter than usual" in page and "Passed" not in page
     assert "nan" not in re.sub(r"<[^>]*>", " ", page).lower().split()
 
@@ -361,9 +361,17 @@ def test_a_molecule_without_backbone_torsions(tmp_path, capsys):
         assert run.molecule().num_atoms == 12
 
 
-def test_a_molecule_of_two_residues(tmp_path):
-    folder = tmp_path / "run"
-    assert cli.main(["run", str(DATA / "ace_ala_ala_nme.pdb"), "--output", str(folder), *BRIEF]) == 0
+def test_a_molecule_of_two_residues_by_its_sequence(tmp_path, monkeypatch, capsys):
+    folder, built = tmp_path / "run", []
+    peptide = bg.systems.peptide
+    monkeypatch.setattr(bg.systems, "peptide", lambda *a, **k: built.append(a) or peptide(*a, **k))
+    assert cli.main(["run", "ACE ALA ALA NME", "--output", str(folder), *BRIEF]) == 0
+    assert built == [("ACE ALA ALA NME",)]  # once
+    assert run_json(folder)["source"] == "ACE ALA ALA NME"
+    assert cli.main(["run", "ACE  ALA ALA NME", "--output", str(folder), "--resume", "--quiet"]) == 0
+    assert "holds a run of ACE ALA ALA NME, not of" in refused(
+        capsys, "run", "ACE ALA NME", "--output", str(folder), "--resume"
+    )
     summary = json.loads((folder / "summary.json").read_text())
     assert list(summary["left_handed_share"]) == ["ALA2", "ALA3"] == list(summary["effective_samples"])
     page = (folder / "report.html").read_text()
@@ -384,6 +392,15 @@ def test_settings_say_what_is_wrong():
         with pytest.raises(InputError) as caught:
             RunSettings(**wrong)
         assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+def test_a_named_molecule_is_built_once(monkeypatch):
+    built = []
+    load = bg.systems.load
+    monkeypatch.setattr(bg.systems, "load", lambda *a, **k: built.append(a) or load(*a, **k))
+    assert workflow.load_molecule("alanine_dipeptide", None, 310.0).temperature == 310
+    assert workflow.load_molecule("alanine_dipeptide", None, None).temperature == 300
+    assert len(built) == 2
 
 
 def test_a_folder_with_no_run_is_begun_with_resume_and_named_without(tmp_path):
