@@ -1,10 +1,15 @@
-"""How good a generator becomes, and at what cost: one row per seed, measured on an independent reference.
+"""How good a generator becomes, and at what cost: one row per molecule, seed and choice.
 
-    python benchmarks/generators.py --reference ala2_reference.npz --output rows.jsonl --flow spline --seed 1
-    python benchmarks/generators.py --reference ala2_reference.npz --output rows.jsonl --table
+    python benchmarks/generators.py alanine_dipeptide --reference aldp.npz --output rows.jsonl --seed 1
+    python benchmarks/generators.py "ACE PHE NME" --output rows.jsonl --seed 1
+    python benchmarks/generators.py alanine_tetrapeptide --output rows.jsonl --device cuda --batch-size 4096 \\
+        --learning-rate 1e-2 --budget 8min --constraints HBonds
+    python benchmarks/generators.py alanine_dipeptide --output rows.jsonl --no-data --budget 50min
+    python benchmarks/generators.py --output rows.jsonl --table
 
-The reference (`benchmarks/reference.py`) is never used for training. A row that is in the output already is
-not run again.
+A reference (`benchmarks/reference.py`) is never used for training; without one a row is measured on the ladders of its
+own exchange that training did not see. What is finished is kept in the folder: a killed run goes on where it was, and a
+row that is in the output already is not run again.
 """
 
 from __future__ import annotations
@@ -15,129 +20,206 @@ import json
 import math
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from evaluation import evaluate
+from openmm import app
 
 import openmm_bg as bg
-from openmm_bg import workflow
-from openmm_bg.analysis import backbone_dihedrals, populations
-from openmm_bg.sampling import (
-    effective_sample_size,
-    forward_effective_sample_size,
-    independence_acceptance,
-    largest_log_ratio,
-    log_normalizer,
-)
+from openmm_bg.files import write_atomically
+from openmm_bg.sampling import Trajectory, bursts
+from openmm_bg.training import ReversePath, Settings
+from openmm_bg.workflow import RunSettings
+from openmm_bg.workflow.data import TIMESTEP, exchange, settle
+
+CHOICES = ("flow", "device", "budget", "constraints", "batch_size", "learning_rate", "hidden", "layers", "no_data")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reference", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="JSON Lines")
-    parser.add_argument("--folder", type=Path, default=Path("results/benchmarks"), help="where runs are kept")
-    parser.add_argument("--flow", choices=("spline", "realnvp"), default="spline")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--training-steps", type=int)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=100_000)
-    parser.add_argument("--table", action="store_true", help="print the rows instead")
-    options = parser.parse_args()
+    options = parse()
     rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
     if options.table:
         print_table(rows)
         return
     torch.set_num_threads(options.threads)
-    settings = workflow.RunSettings(flow=options.flow, seed=options.seed)
-    if options.training_steps:
-        settings = dataclasses.replace(settings, training_steps=options.training_steps)
-    key = {"flow": options.flow, "seed": options.seed, "training_steps": settings.training_steps}
+    key = {"molecule": options.molecule, "seed": options.seed} | options.set
+    key |= {name: getattr(options, name) for name in CHOICES if getattr(options, name) is not None}
     if any(row["key"] == key for row in rows):
         print("this row is there already:", key)
         return
-    folder = options.folder / f"{options.flow}_{options.seed}_{settings.training_steps}"
-    with workflow.Run.start("alanine_dipeptide", folder, settings, resume=True) as run:
-        run.run("train")
-        record = run.record
-    row = {"key": key, "date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": options.threads}
-    row |= {"cost": {name: record["steps"][name] for name in ("simulate", "train")}, "versions": record["versions"]}
-    row |= evaluate(folder / "generator.bg", options.reference, options.samples, seed=options.seed + 1000)
+    row = measure(options, key)
     with options.output.open("a") as stream:
         stream.write(json.dumps(row) + "\n")
     print_table([row])
 
 
-def evaluate(path: Path, reference: Path, samples: int, seed: int) -> dict:
-    """Figures of a saved generator, with and without its defensive part."""
-    generator = bg.BoltzmannGenerator.load(path)
-    with np.load(reference, allow_pickle=False) as file:
-        frames = file["positions"].astype(np.float64)
-    angles = backbone_dihedrals(frames, generator.topology)
-    result: dict = {"reference_frames": len(frames)}
-    expected = populations(angles.phi[:, 0], angles.psi[:, 0])
-    for defensive in (generator.defensive, 0.0):
-        generator.defensive = defensive
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("molecule", nargs="?", help="a name of bg.systems, or a sequence such as 'ACE PHE NME'")
+    parser.add_argument("--output", type=Path, required=True, help="JSON Lines")
+    parser.add_argument("--reference", type=Path, help="frames of benchmarks/reference.py")
+    parser.add_argument("--folder", type=Path, default=Path("results/benchmarks"), help="where runs are kept")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=100_000)
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="settings of a run")
+    parser.add_argument("--flow", choices=("realnvp",))
+    parser.add_argument("--device", choices=("cuda",))
+    parser.add_argument("--budget", help="of training: 10min or 1e7")
+    parser.add_argument("--constraints", choices=("HBonds",))
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--hidden", type=int, help="units of the couplings' networks")
+    parser.add_argument("--layers", type=int, help="couplings")
+    parser.add_argument("--no-data", action="store_true", default=None, help="from the energy alone")
+    parser.add_argument("--table", action="store_true", help="print the rows instead")
+    options = parser.parse_args(arguments)
+    if not options.table and not options.molecule:
+        parser.error("name a molecule, or ask for the --table")
+    known = {field.name for field in dataclasses.fields(RunSettings)}
+    pairs = [item.partition("=") for item in options.set]
+    wrong = [name for name, _, value in pairs if name not in known or not value]
+    if wrong:
+        parser.error(f"--set takes NAME=NUMBER with a name of RunSettings; check {', '.join(wrong)}")
+    options.set = {name: json.loads(value) for name, _, value in pairs}
+    return options
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The molecule without constraints, whose ladders run in a batch, and as it is asked for."""
+    make = bg.systems.peptide if " " in options.molecule else bg.systems.load
+    free = make(options.molecule)
+    if options.constraints is None:
+        return free, free
+    return free, make(options.molecule, constraints=getattr(app, options.constraints))
+
+
+def measure(options: argparse.Namespace, key: dict) -> dict:
+    """Data, training and evaluation; each is kept when it is done."""
+    name = "_".join(str(value) for value in key.values()).replace(" ", "-").replace("/", "-")
+    folder = options.folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    free, molecule = load(options)
+    settings = RunSettings(seed=options.seed, **{"flow": options.flow or "spline"}, **options.set)
+    generator = untrained(molecule, options)
+    settings = settle(settings, free, generator)
+    held, ladder, data, cost = None, None, None, {}
+    if not options.no_data:
+        held, ladder, data, cost = gather(free, molecule, settings, folder, options.device or "cpu")
+    cost |= train(generator, data, settings, options, folder)
+    if options.reference is not None:
+        with np.load(options.reference, allow_pickle=False) as file:
+            held, ladder = file["positions"].astype(np.float64), file["ladder"]
+    if held is None:
+        raise SystemExit("Without data a row needs a --reference to be measured on.")
+    row = {"key": key, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    row |= {"atoms": molecule.num_atoms, "dimension": generator.flow.dimension, "defensive": generator.defensive}
+    row |= {
+        "reference": None if options.reference is None else options.reference.stem,
+        "settings": dataclasses.asdict(settings),
+    }
+    return row | {"cost": cost} | evaluate(generator, held, ladder, options.samples, seed=options.seed + 1000)
+
+
+def untrained(molecule: Any, options: argparse.Namespace) -> bg.BoltzmannGenerator:
+    """The usual generator, or one whose flow is wider or deeper."""
+    make = partial(
+        bg.BoltzmannGenerator.for_molecule, molecule.topology, molecule.system, molecule.temperature,
+        positions=molecule.positions, seed=options.seed,
+    )  # fmt: skip
+    generator = make(flow=options.flow or "spline")
+    changes = {k: getattr(options, k) for k in ("hidden", "layers") if getattr(options, k) is not None}
+    if not changes:
+        return generator
+    return make(flow=bg.flows.MolecularFlow.from_config(generator.flow.config() | changes))
+
+
+def gather(
+    free: Any, molecule: Any, settings: RunSettings, folder: Path, device: str
+) -> tuple[np.ndarray, np.ndarray, Any, dict]:
+    """Held-out frames with their ladders, training conformations, and what they cost."""
+    if not (folder / "data.json").exists():
         started = time.perf_counter()
-        draws = generator.sample(samples, seed=seed)
-        seconds = time.perf_counter() - started
-        log_z = log_normalizer(draws.log_weights)
-        ess = effective_sample_size(draws.log_weights)
-        held = generator.log_weights(frames).numpy()
-        worst = np.sort(held - log_z.value)[-5:]
-        inside = torch.isfinite(draws.log_weights).numpy()
-        weights = np.exp(draws.log_weights.numpy()[inside] - draws.log_weights.max().item())
-        drawn = backbone_dihedrals(draws.positions.numpy()[inside], generator.topology)
-        reweighted = populations(drawn.phi[:, 0], drawn.psi[:, 0], weights)
-        plain = populations(drawn.phi[:, 0], drawn.psi[:, 0])
-        result["defensive" if defensive else "plain"] = {
-            "share": defensive,
-            "n": samples,
-            "ess": ess.fraction,
-            "ess_clipped": ess.clipped,
-            "acceptance": independence_acceptance(draws.log_weights),
-            "forward": forward_effective_sample_size(held, log_z.value),
-            "largest_log_ratio": largest_log_ratio(held, log_z.value),
-            "worst_log_ratios": [round(float(w), 2) for w in worst],
-            "largest_log_ratio_of_draws": float(draws.log_weights.max()) - log_z.value,
-            "outside_support": float(1 - inside.mean()),
-            "log_z": [log_z.value, log_z.error],
-            "populations": {
-                e.name: {
-                    "reference": [e.value, e.error],
-                    "reweighted": [r.value, r.error],
-                    "generator": [p.value, p.error],
-                }
-                for e, r, p in zip(expected, reweighted, plain, strict=True)
-            },
-            "sampling_seconds": round(seconds, 1),
+        exchanged = exchange(free, settings, folder / "exchange.npz", device=device)
+        frames = exchanged.trajectory(0)
+        training, held = settings.split(frames.positions)
+        burst = bursts(
+            molecule.system, training, temperature=molecule.temperature, n_bursts=settings.bursts,
+            seed=settings.seed + 1, timestep=TIMESTEP,
+            device=device if molecule is free else "cpu",
+        )  # fmt: skip
+        burst.save(folder / "training.npz")
+        np.savez(folder / "held.npz", positions=held.astype(np.float32))
+        cost = {
+            "data_seconds": round(time.perf_counter() - started, 1),
+            "data_evaluations": exchanged.force_evaluations + burst.force_evaluations,
         }
-    return result
+        write_atomically(folder / "data.json", json.dumps(cost).encode())
+    with np.load(folder / "held.npz", allow_pickle=False) as file:
+        held = file["positions"].astype(np.float64)
+    ladder = np.repeat(np.arange(settings.ladders), len(held) // settings.ladders)
+    data = Trajectory.load(folder / "training.npz").positions
+    return held, ladder, data, json.loads((folder / "data.json").read_text())
+
+
+def train(
+    generator: bg.BoltzmannGenerator, data: Any, settings: RunSettings, options: argparse.Namespace, folder: Path
+) -> dict:
+    """Train, or load what was trained; what it cost."""
+    if not (folder / "training.json").exists():
+        usual = Settings()
+        training = dataclasses.replace(
+            usual, device=options.device or usual.device, batch_size=options.batch_size or usual.batch_size,
+            learning_rate=options.learning_rate or usual.learning_rate,
+        )  # fmt: skip
+        result = generator.fit(
+            data, steps=settings.training_steps, likelihood_steps=None if data is None else settings.likelihood_steps,
+            budget=options.budget, settings=training, objective=None if data is None else ReversePath(),
+            seed=settings.seed, log=folder / "training.jsonl", checkpoint=folder / "training.checkpoint", resume=True,
+        )  # fmt: skip
+        generator.save(folder / "generator.bg")
+        cost = {
+            "training_seconds": round(result.seconds, 1),
+            "training_evaluations": result.evaluations,
+            "steps": result.steps,
+            "rollbacks": result.rollbacks,
+            "where": torch.cuda.get_device_name() if options.device else f"cpu, {options.threads} threads",
+            "torch": torch.__version__,
+        }
+        write_atomically(folder / "training.json", json.dumps(cost).encode())
+    trained = bg.BoltzmannGenerator.load(folder / "generator.bg")
+    generator.flow, generator.defensive = trained.flow, trained.defensive
+    return json.loads((folder / "training.json").read_text())
 
 
 def print_table(rows: list[dict]) -> None:
     """The rows, and mean and spread over seeds."""
     columns = ("ess", "ess_clipped", "acceptance", "forward", "largest_log_ratio")
-    print(f"{'':34}" + "".join(f"{c:>18}" for c in columns) + f"{'phi>0 reweighted':>20}{'reference':>18}")
-    groups: dict[tuple, list[list[float]]] = {}
+    print(f"{'':60}" + "".join(f"{c:>18}" for c in columns) + f"{'evaluations':>14}{'minutes':>9}{'basins apart':>14}")
+    groups: dict[str, list[list[float]]] = {}
     for row in rows:
-        for part in ("defensive", "plain"):
-            figures = row[part]
-            left = list(figures["populations"].values())[-1]
-            name = f"{row['key']['flow']} seed {row['key']['seed']} {part}"
-            values = [figures[c] for c in columns]
-            groups.setdefault((row["key"]["flow"], part), []).append(values)
-            print(
-                f"{name:34}" + "".join(f"{v:18.4f}" for v in values)
-                + "".join(f"{left[side][0]:12.4f}±{left[side][1]:.4f}" for side in ("reweighted", "reference"))
-            )  # fmt: skip
-    for (flow, part), values in groups.items():
+        key, cost = dict(row["key"]), row["cost"]
+        seed = key.pop("seed")
+        name = " ".join(str(v) if k == "molecule" else f"{k}={v}" for k, v in key.items())
+        values = [row[c] for c in columns]
+        groups.setdefault(name, []).append(values)
+        spent, seconds = (
+            sum(value for k, value in cost.items() if k.endswith(ending)) for ending in ("evaluations", "seconds")
+        )
+        apart = max((abs(b["apart"]) for b in row["basins"].values()), default=math.nan)
+        print(
+            f"{f'{name}, seed {seed}':60}" + "".join(f"{v:18.4f}" for v in values)
+            + f"{spent:14.3g}{seconds / 60:9.1f}{apart:14.1f}"
+        )  # fmt: skip
+    for name, values in groups.items():
         if len(values) > 1:
             mean, spread = np.mean(values, 0), np.std(values, 0, ddof=1)
-            text = "".join(
-                f"{m:10.4f}±{s:.4f}" if math.isfinite(m) else f"{m:>18}" for m, s in zip(mean, spread, strict=True)
-            )
-            print(f"{f'{flow} {part}, mean and spread':34}" + text)
+            text = "".join(f"{m:10.4f} ± {s:.4f}" for m, s in zip(mean, spread, strict=True))
+            print(f"{f'{name}, mean and spread':60}" + text)
 
 
 if __name__ == "__main__":
