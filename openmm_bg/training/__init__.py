@@ -1,6 +1,7 @@
 """How a generator learns: one trainer, objectives, the default recipe."""
 
 from openmm_bg.generator import BoltzmannGenerator
+from openmm_bg.training.annealed import TemperatureAnnealing
 from openmm_bg.training.budget import Budget
 from openmm_bg.training.fit import fit, relabel_rotors, to_flow_coordinates
 from openmm_bg.training.forward import ForwardPath
@@ -27,6 +28,7 @@ __all__ = [
     "ReversePath",
     "Settings",
     "Stage",
+    "TemperatureAnnealing",
     "Trainer",
     "TrainingResult",
     "Transport",
