@@ -2,16 +2,17 @@
 
     python benchmarks/reference.py alanine_dipeptide --minutes 60 --seed 2027 --output aldp.npz \
         --summary benchmarks/references/alanine_dipeptide.npz
-    python benchmarks/reference.py elil --minutes 8 --seed 2027 --output elil.npz --device cuda --ladders 1024
+    python benchmarks/reference.py elil --minutes 9 --seed 2027 --output elil.npz --device cuda --ladders 3000 \
+        --temperatures 9 --highest 1200 --every 8
 
 Many ladders of temperatures run in one torch batch. Every ladder first spends `--hot` picoseconds with all its walkers
 at the highest temperature, where peptide bonds turn too, so that ladders start from conformations of their own; then
 `--equilibration` picoseconds are discarded, and halves of what follows are compared. Ladders are independent: errors
 are the spread of their means. A conformation that turned a centre inside out, as hot walkers may, is sent back.
 
-The output is complete about every minute, and the same command continues a run that was stopped. It holds frames of
-the lowest temperature, drawn at random from all of them (`positions`, float32, nm; `ladder` and `row` say which),
-and energies of all temperatures in kJ/mol (`potential_energy`); the summary holds backbone torsions in radians
+The output is rewritten about every minute, complete, and the same command continues a run that was stopped. It holds
+frames of the lowest temperature, drawn at random from all of them (`positions`, float32, nm; `ladder` and `row` say
+which), and energies of all temperatures in kJ/mol (`potential_energy`); the summary holds backbone torsions in radians
 (`dihedrals`, named by `names`) and energies of the lowest temperature alone (`energy`). `provenance`, a JSON string in
 both, holds how they were made, and populations with errors from all iterations. **Never train on either.**
 """
@@ -19,7 +20,6 @@ both, holds how they were made, and populations with errors from all iterations.
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import io
 import json
@@ -32,106 +32,18 @@ from pathlib import Path
 import numpy as np
 import openmm
 import torch
+from reference_ladders import FRICTION, HYDROGEN_MASS, TIMESTEP, Ladders
 from reference_statistics import Backbone, describe, effective_samples, slowest
 
 import openmm_bg as bg
 from openmm_bg.coordinates import dihedral
 from openmm_bg.errors import InputError
 from openmm_bg.files import write_atomically
-from openmm_bg.sampling import BatchedLangevin, geometric_temperatures
+from openmm_bg.sampling import geometric_temperatures
 from openmm_bg.sampling.archive import load_arrays, save_arrays
-from openmm_bg.units import GAS_CONSTANT
 
-# Masses do not enter the distribution of positions: heavy hydrogens allow twice the time step. Much friction spreads
-# soon the heat that an exchange brought in. Both halve the cost of an effective sample.
-TIMESTEP, FRICTION, HYDROGEN_MASS = 0.002, 5.0, 4.0  # ps, 1/ps, Da
 SECONDS_BETWEEN_WRITES = 60.0
 SUMMARY_BYTES = 900_000
-
-
-def with_heavy_hydrogens(system: openmm.System) -> openmm.System:
-    """The same energy; what is lighter than HYDROGEN_MASS gets that mass, and nothing loses any."""
-    system = copy.deepcopy(system)
-    for i in range(system.getNumParticles()):
-        system.setParticleMass(i, max(HYDROGEN_MASS, system.getParticleMass(i)._value))
-    return system
-
-
-class Ladders:
-    """Independent replica exchanges with the same temperatures, all walkers in one batch on one device."""
-
-    def __init__(self, molecule: bg.systems.Molecule, temperatures: np.ndarray, ladders: int, seed: int, device: str):
-        self.shape = (ladders, len(temperatures))
-        self.walkers = BatchedLangevin(
-            bg.ForceFieldEnergy(with_heavy_hydrogens(molecule.system), molecule.temperature).to(device),
-            np.repeat(molecule.positions[None], ladders * len(temperatures), 0),
-            temperature=temperatures[-1], timestep=TIMESTEP, friction=FRICTION,
-            generator=torch.Generator(device).manual_seed(seed),
-        )  # fmt: skip
-        self.temperatures = temperatures
-        self.beta = torch.tensor(1 / (GAS_CONSTANT * temperatures), device=device)
-        around: list[list[int]] = [[] for _ in range(molecule.num_atoms)]
-        for a, b in molecule.topology.bonds():
-            around[a.index].append(b.index)
-            around[b.index].append(a.index)
-        self.corners = torch.tensor([atoms for atoms in around if len(atoms) == 4], dtype=torch.long, device=device)
-        self.corners = self.corners.view(-1, 4)
-        self.handedness = self._handedness(self.walkers.positions[:1])
-        self.turned, self.parity = 0, 0
-        self.tried, self.accepted = (torch.zeros(len(temperatures) - 1, dtype=torch.int64) for _ in range(2))
-        self.walkers.draw_velocities()
-
-    def cool(self) -> None:
-        """From one temperature for all to the ladder."""
-        self.walkers.set_temperature(np.tile(self.temperatures, self.shape[0]))
-        self.walkers.draw_velocities()
-
-    def advance(self, steps: int) -> None:
-        """Dynamics within the conformations that have the handedness of the start."""
-        old = self.walkers.positions, self.walkers.velocities
-        self.walkers.advance(steps)
-        turned = (self._handedness(self.walkers.positions) != self.handedness).any(1)[:, None, None]
-        if bool(turned.any()):
-            # Metropolis' rejection in phase space: back to the old place, the other way round
-            self.walkers.positions = torch.where(turned, old[0], self.walkers.positions)
-            self.walkers.velocities = torch.where(turned, -old[1], self.walkers.velocities)
-            self.turned += int(turned.sum())
-
-    def exchange(self) -> torch.Tensor:
-        """Even or odd neighbours of all ladders in turn; (ladders, temperatures) energies in kJ/mol afterwards."""
-        ladders, n = self.shape
-        energy = self.walkers.potential_energy().view(self.shape)
-        low = torch.arange(self.parity, n - 1, 2, device=energy.device)
-        log_ratio = (self.beta[low] - self.beta[low + 1]) * (energy[:, low] - energy[:, low + 1])
-        uniform = torch.rand(log_ratio.shape, generator=self.walkers.generator, device=energy.device)
-        swapped = (torch.log1p(-uniform) < log_ratio).long()
-        order = torch.arange(ladders * n, device=energy.device).view(self.shape).clone()
-        order[:, low] += swapped
-        order[:, low + 1] -= swapped
-        self.walkers.permute(order.flatten())
-        self.tried[low.cpu()] += ladders
-        self.accepted[low.cpu()] += swapped.sum(0).cpu()
-        self.parity = 1 - self.parity
-        return energy.flatten()[order]
-
-    def save(self) -> tuple[dict, dict[str, np.ndarray]]:
-        w = self.walkers
-        tensors = {"walkers": w.positions, "velocities": w.velocities, "random": w.generator.get_state()}
-        tensors |= {"tried": self.tried, "accepted": self.accepted}
-        header = {"evaluations": w.force_evaluations, "turned": self.turned, "parity": self.parity}
-        return header, {name: tensor.numpy(force=True) for name, tensor in tensors.items()}
-
-    def restore(self, header: dict, arrays: dict[str, np.ndarray]) -> None:
-        w = self.walkers
-        w.positions = torch.as_tensor(arrays["walkers"]).to(w.positions)
-        w.velocities = torch.as_tensor(arrays["velocities"]).to(w.positions)
-        w.generator.set_state(torch.as_tensor(arrays["random"]))
-        self.tried, self.accepted = torch.as_tensor(arrays["tried"]), torch.as_tensor(arrays["accepted"])
-        w.force_evaluations, self.turned, self.parity = header["evaluations"], header["turned"], header["parity"]
-
-    def _handedness(self, x: torch.Tensor) -> torch.Tensor:
-        a, b, c, d = (x[:, self.corners[:, k]] for k in range(4))
-        return ((b - a) * torch.linalg.cross(c - a, d - a)).sum(-1) > 0
 
 
 class Reservoir:
@@ -221,14 +133,17 @@ class Reference:
         if checkpoint.exists():
             self.restore(checkpoint)
         begun, before = time.monotonic(), self.seconds
-        written, found = begun, self.write()
+        found, written, pause = self.write(), begun, SECONDS_BETWEEN_WRITES
         while self.seconds < 60 * self.options.minutes and effective_samples(found) < self.options.effective:
             self.iterate()
             self.seconds = before + time.monotonic() - begun
-            if time.monotonic() - written > SECONDS_BETWEEN_WRITES or self.seconds >= 60 * self.options.minutes:
+            now = time.monotonic()
+            if now - written > pause or self.seconds >= 60 * self.options.minutes:
                 self.save(checkpoint)
                 found = self.write()
                 written = time.monotonic()
+                # thousands of ladders take a while to analyse
+                pause = max(SECONDS_BETWEEN_WRITES, 10 * (written - now))
         return found.get("halves_agree", False)
 
     def write(self) -> dict:

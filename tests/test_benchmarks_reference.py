@@ -22,7 +22,8 @@ if not BENCHMARKS.is_dir():
     pytest.skip("the benchmarks folder is not beside the tests", allow_module_level=True)
 
 sys.path.insert(0, str(BENCHMARKS))
-from reference import Ladders, Reference, Reservoir, parse  # noqa: E402
+from reference import Reference, Reservoir, parse  # noqa: E402
+from reference_ladders import Ladders  # noqa: E402
 from reference_statistics import Backbone, describe, effective_samples, measure  # noqa: E402
 
 
