@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 import openmm_bg as bg
@@ -81,3 +82,35 @@ def broken(loss, step):
 def pushing(loss, step):
     """Every weight towards 5, where no target is."""
     return sum((p - 5).square().sum() for p in step.flow.parameters())
+
+
+def cuttable(kind: type) -> type:
+    """An objective that stops at the call ``cut``, after its random numbers are drawn; ``cut`` is the class's."""
+
+    class Cut(kind):
+        cut = 0
+
+        def __call__(self, step):
+            seen = super().__call__(step)
+            if self.state["calls"] == self.cut:
+                raise KeyboardInterrupt
+            return seen
+
+    return Cut
+
+
+def check_resumption(make_generator, make_objective, kind, stop, folder, monkeypatch, **arguments):
+    """A fit that is interrupted at a call and resumed ends as one that is not; its objective and result."""
+    whole, cut, resumed = (make_generator() for _ in range(3))
+    arguments = dict(settings=QUICK, seed=3, progress=False) | arguments
+    expected = whole.fit(objective=make_objective(), **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "cut", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cut.fit(objective=make_objective(), checkpoint=folder / "c", **arguments)
+    objective = make_objective()
+    result = resumed.fit(objective=objective, checkpoint=folder / "c", resume=True, **arguments)
+    assert equal(weights(whole.flow), weights(resumed.flow))
+    assert (result.steps, result.evaluations) == (expected.steps, expected.evaluations)
+    assert timeless(result.history) == timeless(expected.history)
+    return objective, result

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from openmm_bg.systems import GaussianMixture
-from small_runs import equal, timeless, weights
+from small_runs import QUICK, check_resumption, cuttable, timeless
 
 import openmm_bg as bg
 from openmm_bg.errors import InputError
@@ -20,7 +20,6 @@ from openmm_bg.training import ReversePath, Settings, TemperatureAnnealing
 from openmm_bg.training.objectives import Step
 
 LEARN = Settings(batch_size=128, learning_rate=3e-2, average=0.95, validate_every=100, validation_size=500)
-QUICK = Settings(batch_size=64, average=0.9, validate_every=10, validation_size=128)
 
 
 class Harmonic(bg.Energy):
@@ -214,16 +213,7 @@ def test_a_molecule_cools_along_a_given_ladder():
     assert torch.isfinite(generator.sample(50, seed=0).log_prob).any()
 
 
-class Cut(TemperatureAnnealing):
-    """Stops at a call, after it has drawn its random numbers; ``cut`` is the class's, an instance's fields are not."""
-
-    cut = 0
-
-    def __call__(self, step):
-        seen = super().__call__(step)
-        if self.state["calls"] == self.cut:
-            raise KeyboardInterrupt
-        return seen
+Cut = cuttable(TemperatureAnnealing)
 
 
 def molecular() -> MolecularFlow:
@@ -245,19 +235,8 @@ def test_an_interrupted_run_resumes_to_the_bit(make, stop, tmp_path, monkeypatch
     def generator():
         return generator_of(Harmonic(4), make() if make else None)
 
-    arguments = dict(steps=200, settings=QUICK, seed=3, progress=False)
-    whole, cut, resumed = (generator() for _ in range(3))
-    expected = whole.fit(objective=objective(), **arguments)
-    with monkeypatch.context() as patch:
-        patch.setattr(Cut, "cut", stop)
-        with pytest.raises(KeyboardInterrupt):
-            cut.fit(objective=objective(), checkpoint=tmp_path / "c", **arguments)
-    last = objective()
-    result = resumed.fit(objective=last, checkpoint=tmp_path / "c", resume=True, **arguments)
+    last, result = check_resumption(generator, objective, Cut, stop, tmp_path, monkeypatch, steps=200)
     assert last.state["finished"] and result.steps < 200
-    assert equal(weights(whole.flow), weights(resumed.flow))
-    assert timeless(result.history) == timeless(expected.history)
-    assert result.evaluations == expected.evaluations
 
 
 def test_an_objective_serves_a_second_generator():

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.stats import norm, qmc
+from small_runs import QUICK, Acting, check_resumption
 
 import openmm_bg as bg
 from openmm_bg.errors import InputError
 from openmm_bg.flows import MolecularFlow, RealNVP, SplineFlow
 from openmm_bg.training import ForwardPath, LogVariance, MaximumLikelihood, Settings
 from openmm_bg.training.objectives import Step
-
-QUICK = Settings(batch_size=64, average=0.9, validate_every=10, validation_size=128)
 
 
 def evenly(dimension: int, log2_n: int) -> torch.Tensor:
@@ -319,43 +318,10 @@ def test_on_a_molecule_it_trains_without_a_stumble():
     assert scores[-1] < 0.8 * scores[0] and shares[-1] > shares[0]
 
 
-class Cut(ForwardPath):
-    """Stops at a call; ``cut`` is the class's, an instance's fields are not."""
-
-    cut = 0
-
-    def __call__(self, step):
-        seen = super().__call__(step)
-        self.state["calls"] = self.state.get("calls", 0) + 1
-        if self.state["calls"] == self.cut:
-            raise KeyboardInterrupt
-        return seen
-
-
-@pytest.fixture
-def resumed(tmp_path, monkeypatch):
-    """An uninterrupted run and one that was cut and resumed: ``(generator, result)`` of both."""
-    arguments = dict(likelihood_steps=5, steps=30, settings=QUICK, progress=False)
-    whole, cut, again = well(), well(), well()
-    expected = whole.fit(well_data(), objective=Cut(), **arguments)
-    with monkeypatch.context() as patch:
-        patch.setattr(Cut, "cut", 17)
-        with pytest.raises(KeyboardInterrupt):
-            cut.fit(well_data(), objective=Cut(), checkpoint=tmp_path / "c", **arguments)
-    result = again.fit(well_data(), objective=Cut(), checkpoint=tmp_path / "c", resume=True, **arguments)
-    return (whole, expected), (again, result)
-
-
-def test_a_resumed_run_has_the_same_weights(resumed):
-    (whole, expected), (again, result) = resumed
-    assert result.steps == expected.steps
-    for one, other in zip(whole.flow.parameters(), again.flow.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_a_resumed_run_counts_every_row_once(resumed):
-    (_, expected), (_, result) = resumed
-    assert result.evaluations == expected.evaluations == 500
+def test_an_interrupted_run_resumes_to_the_bit_and_counts_every_row_once(tmp_path, monkeypatch):
+    arguments = dict(data=well_data(), likelihood_steps=5, steps=30)
+    _, result = check_resumption(well, lambda: Acting(ForwardPath()), Acting, 17, tmp_path, monkeypatch, **arguments)
+    assert (result.steps, result.evaluations) == (35, 500)
 
 
 def test_it_needs_data_and_an_energy():

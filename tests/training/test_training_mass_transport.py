@@ -9,6 +9,7 @@ import pytest
 import torch
 from openmm_bg.systems import GaussianMixture
 from scipy.stats import norm
+from small_runs import QUICK, check_resumption, cuttable
 
 import openmm_bg as bg
 from openmm_bg.errors import InputError
@@ -42,7 +43,6 @@ class Heard(ConstrainedMassTransport):
 
 
 LEARN = Settings(batch_size=256, learning_rate=2e-2, average=0.98, validate_every=100, validation_size=500)
-QUICK = Settings(batch_size=64, average=0.9, validate_every=10, validation_size=128)
 
 
 def generator_of(energy: bg.Energy, flow=None) -> bg.BoltzmannGenerator:
@@ -220,40 +220,19 @@ def test_the_largest_weights_are_lowered():
     assert torch.allclose(clipped.tensors["weight"], expected / expected.mean(), rtol=1e-6)
 
 
-class Cut(ConstrainedMassTransport):
-    """Stops at a call, after it has drawn its random numbers; ``cut`` is the class's, an instance's fields are not."""
-
-    cut = 0
-
-    def __call__(self, step):
-        seen = super().__call__(step)
-        if self.state["calls"] == self.cut:
-            raise KeyboardInterrupt
-        return seen
+Cut = cuttable(ConstrainedMassTransport)
 
 
 @pytest.mark.parametrize("loss", ["log_variance", "likelihood"])
 @pytest.mark.parametrize("stop", [21, 27, 40], ids=["refill", "within", "end of round"])
 def test_a_run_interrupted_within_a_round_resumes_to_the_bit(loss, stop, tmp_path, monkeypatch):
-    arguments = dict(steps=200, settings=QUICK, seed=3, progress=False)
-
     def objective():
         return Cut(1.0, None, samples=300, steps_per_round=20, patience=1, loss=loss)
 
-    whole, cut, resumed = (generator_of(Narrow()) for _ in range(3))
-    expected = whole.fit(objective=objective(), **arguments)
-    with monkeypatch.context() as patch:
-        patch.setattr(Cut, "cut", stop)
-        with pytest.raises(KeyboardInterrupt):
-            cut.fit(objective=objective(), checkpoint=tmp_path / "c", **arguments)
-    last = objective()
-    result = resumed.fit(objective=last, checkpoint=tmp_path / "c", resume=True, **arguments)
+    last, result = check_resumption(
+        lambda: generator_of(Narrow()), objective, Cut, stop, tmp_path, monkeypatch, steps=200
+    )
     assert last.state["finished"] and result.steps < 200
-    for one, other in zip(whole.flow.parameters(), resumed.flow.parameters(), strict=True):
-        assert torch.equal(one, other)
-    assert (result.steps, result.evaluations) == (expected.steps, expected.evaluations)
-    timeless = [[{k: v for k, v in r.items() if k != "seconds"} for r in x.history] for x in (expected, result)]
-    assert timeless[0] == timeless[1]
 
 
 def test_rounds_are_what_the_evaluations_count():
