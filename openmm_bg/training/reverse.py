@@ -39,8 +39,9 @@ class ReversePath:
     variance : float
         Factor of the log-variance of the torsions.
     window : float
-        Samples whose log-weight is further than this below the median are left out of the log-variance, those
-        further above enter linearly.
+        Log-weights further than this from the median enter the log-variance linearly: those above from the start, those
+        below more and more as the run goes on. Early, the stiff coordinates of such a sample are to blame, and its
+        torsions must not pay; late, it lies where the target has nothing.
     temper, explore : float
         Flattening of the torsions drawn, and the share of samples with a torsion turned anywhere, which fades
         over the run.
@@ -93,23 +94,24 @@ class ReversePath:
         summary = _summary(log_w, ~explored)
         if flow.torsions is not None and self.variance > 0:
             # only the torsions' density carries a gradient here
-            spread = self._log_variance(log_w + log_q_t.detach() - log_q_t, explored)
+            spread = self._log_variance(log_w + log_q_t.detach() - log_q_t, explored, step.progress)
             summary["log_variance"] = spread.detach()
             loss = loss + self.variance * spread
         return loss, summary
 
-    def _log_variance(self, log_w: Tensor, explored: Tensor) -> Tensor:
+    def _log_variance(self, log_w: Tensor, explored: Tensor, progress: float | Tensor) -> Tensor:
         """Variance of the log-weights about the mean of those near the median, robust on both sides."""
         finite = torch.isfinite(log_w)
         log_w = torch.where(finite, log_w, 0.0)
         known = log_w.detach()
-        median = masked_median(known, finite)
-        near = finite & ((known - median).abs() < self.window)
+        near = finite & ((known - masked_median(known, finite)).abs() < self.window)
         deviation = log_w - masked_mean(known, near)
+        size = deviation.abs()
         # a heavy weight is a hole of q that must be filled, but one sample may not rule the step
-        square = torch.where(deviation < self.window, deviation.square(), self.window * (2 * deviation - self.window))
+        square = torch.where(size < self.window, size.square(), self.window * (2 * size - self.window))
+        square = torch.where(deviation < -self.window, progress * square, square)
         # explored samples speak where they have found a hole; elsewhere the flow's own samples know better
-        kept = finite & torch.where(explored, deviation.detach() > 2, known > median - self.window)
+        kept = finite & (~explored | (deviation.detach() > 2))
         return masked_mean(square, kept)
 
     def _draw_torsions(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor, Tensor]:
