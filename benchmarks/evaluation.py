@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import torch
-from reference_statistics import LEAST_POPULATION, Backbone, indicators, measure
+from reference_statistics import LEAST_POPULATION, Backbone, indicators
 
 import openmm_bg as bg
 from openmm_bg.analysis import measure as with_floor
@@ -32,7 +32,7 @@ def evaluate(generator: bg.BoltzmannGenerator, frames: np.ndarray, ladder: np.nd
     frames : (n, atoms, 3)
         nm, of an equilibrium simulation that training never saw.
     ladder : (n,) int
-        Which independent ladder each frame comes from, equally many from each: errors are the spread of ladders.
+        Which independent ladder each frame comes from: errors are the spread of the ladders' means.
     samples, seed : int
         Draws of the generator.
     """
@@ -46,7 +46,8 @@ def evaluate(generator: bg.BoltzmannGenerator, frames: np.ndarray, ladder: np.nd
     inside = torch.isfinite(log_w)
     supported = np.isfinite(held)
     weights = (log_w[inside] - log_w[inside].max()).exp().numpy()
-    torsions = {"draws": draws.positions[inside].numpy(), "frames": frames[np.argsort(ladder, kind="stable")]}
+    order = np.argsort(ladder, kind="stable")
+    torsions = {"draws": draws.positions[inside].numpy(), "frames": frames[order]}
     backbone = Backbone.of(generator.topology)
     torsions = {name: _torsions(x, backbone) for name, x in torsions.items()}
     return {
@@ -65,7 +66,7 @@ def evaluate(generator: bg.BoltzmannGenerator, frames: np.ndarray, ladder: np.nd
         "nll": float(-log_prob[torch.as_tensor(supported)].mean()),
         "outside_support": float((~inside).double().mean()),
         "ramachandran": _ramachandran(torsions, weights, backbone, seed),
-        "basins": _basins(torsions, weights, backbone, len(np.unique(ladder))),
+        "basins": _basins(torsions, weights, backbone, ladder[order]),
         "sampling_seconds": round(seconds, 1),
     }
 
@@ -89,23 +90,25 @@ def _ramachandran(torsions: dict, weights: np.ndarray, backbone: Backbone, seed:
     return found
 
 
-def _basins(torsions: dict, weights: np.ndarray, backbone: Backbone, ladders: int) -> dict:
+def _basins(torsions: dict, weights: np.ndarray, backbone: Backbone, ladder: np.ndarray) -> dict:
     """Populations of every basin above half a percent; how far apart they are in standard errors."""
-    kept = len(torsions["frames"]) // ladders * ladders
-    reference = indicators(torsions["frames"][:kept].reshape(ladders, -1, torsions["frames"].shape[-1]), backbone)
-    drawn = indicators(torsions["draws"][None], backbone)
+    both = np.concatenate([torsions["frames"], torsions["draws"]])[None]
+    _, ladder, counts = np.unique(ladder, return_inverse=True, return_counts=True)
     found = {}
-    for name, series in reference.items():
-        expected = measure(series)
-        if expected["value"] < LEAST_POPULATION:
+    for name, series in indicators(both, backbone, LEAST_POPULATION / 50).items():
+        here, drawn = np.split(series[0].astype(float), [len(ladder)])
+        expected = here.mean()
+        if expected < LEAST_POPULATION:
             continue
-        x = drawn[name][0] if name in drawn else np.zeros(len(weights), dtype=bool)
-        value = float(weights @ x / weights.sum())
-        error = float(np.sqrt((weights**2 * (x - value) ** 2).sum()) / weights.sum())
+        # ladders of n frames each weigh n in the mean, and so do their deviations
+        deviations = np.bincount(ladder, here - expected) / len(ladder)
+        spread = np.sqrt((deviations**2).sum() * len(counts) / (len(counts) - 1)) if len(counts) > 1 else np.nan
+        value = float(weights @ drawn / weights.sum())
+        error = float(np.sqrt((weights**2 * (drawn - value) ** 2).sum()) / weights.sum())
         found[name] = {
-            "reference": [expected["value"], expected["error"]],
+            "reference": [float(expected), float(spread)],
             "reweighted": [value, error],
-            "plain": float(x.mean()),
-            "apart": float((value - expected["value"]) / np.hypot(error, expected["error"])),
+            "plain": float(drawn.mean()),
+            "apart": float((value - expected) / np.hypot(error, spread)),
         }
     return found

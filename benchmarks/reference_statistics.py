@@ -57,8 +57,11 @@ def _alpha(residue: dict[str, int]) -> int:
     return next(residue[name] for name in ("CA", "CH3", "C") if name in residue)
 
 
-def indicators(torsions: np.ndarray, backbone: Backbone) -> dict[str, np.ndarray]:
-    """Which frames are where, (ladders, iterations) bool: basins of every residue, of all together, cis bonds."""
+def indicators(torsions: np.ndarray, backbone: Backbone, least: float = LEAST_POPULATION) -> dict[str, np.ndarray]:
+    """Which frames are where, (ladders, iterations) bool: basins of every residue, of all together, cis bonds.
+
+    Basins of all residues together are named where they hold more than the share ``least`` of the frames.
+    """
     phi, psi, omega = (backbone.columns(kind) for kind in ("phi", "psi", "omega"))
     found = {f"{residue} l": left_handed(torsions[..., k]) for residue, k in phi.items() if residue not in psi}
     joint = np.zeros(torsions.shape[:2], dtype=np.int64)
@@ -69,7 +72,7 @@ def indicators(torsions: np.ndarray, backbone: Backbone) -> dict[str, np.ndarray
         joint = joint * len(BASINS) + np.argmax(inside, axis=0)
     if len(both) > 1:
         for code, count in zip(*np.unique(joint, return_counts=True), strict=True):
-            if count > LEAST_POPULATION * joint.size:
+            if count > least * joint.size:
                 digits = (code // len(BASINS) ** k % len(BASINS) for k in reversed(range(len(both))))
                 found["joint " + "".join(LETTERS[digit] for digit in digits)] = joint == code
     return found | {f"{residue} cis": np.abs(torsions[..., k]) < np.pi / 2 for residue, k in omega.items()}

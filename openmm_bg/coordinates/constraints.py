@@ -161,7 +161,9 @@ class MassMetric(ExactTables):
             # d sigma/dx are unit vectors, so Z is their Gram matrix times constants of the masses.
             gram = (unit.unsqueeze(-1) * unit.unsqueeze(-2)).sum(0)
             if usable is not None:
-                gram = torch.where(usable[:, None, None, None], gram, torch.eye(size).to(gram))
+                gram = torch.where(
+                    usable[:, None, None, None], gram, torch.eye(size, dtype=gram.dtype, device=gram.device)
+                )
             total = total + 0.5 * _log_det(gram * weights.to(x.dtype)).sum(1)
         return total
 

@@ -162,6 +162,8 @@ def fit(
     """
     if objective is not None and not energy:
         raise InputError("An objective for the energy was given, but energy=False; leave one of them out.")
+    if objective is not None and not callable(objective) and not len(objective):
+        raise InputError("objective is an empty list; give pairs (weight, objective), or leave it out.")
     energy = energy and generator.energy is not None
     if data is None and not energy:
         raise InputError("There is nothing to train on: pass data, or a generator with an energy.")

@@ -22,6 +22,7 @@ _LARGEST = 70.0  # log of the largest multiplier
 _CHUNK = 4096
 # Effective share of the weights to the target from which on the flow is there; with constraints that is implied.
 _AT_TARGET = 0.5
+_LEAST_BOUND = 0.3
 
 
 class Transport(NamedTuple):
@@ -179,7 +180,8 @@ class ConstrainedMassTransport:
         in any number of dimensions.
     entropy_bound : float, None or "auto"
         Largest loss of entropy in a round, in nats. "auto" estimates before every round how much entropy there is to
-        lose, and allows twice the even share of what remains, so that the bound ceases to bind half-way.
+        lose, and allows twice the even share of what remains, so that the bound ceases to bind half-way; never less
+        than 0.3.
     samples, steps_per_round : int
         Size of the buffer, and steps of the optimiser on it.
     rounds : int
@@ -243,7 +245,9 @@ class ConstrainedMassTransport:
 
     def __call__(self, step: Step) -> tuple[Tensor, dict[str, float]]:
         calls = int(self.state.get("calls", 0))
-        numbers = self._refill(step) if calls % self.steps_per_round == 0 else {}
+        if calls % self.steps_per_round == 0:
+            self.state["seen"] = self._refill(step)
+        numbers = dict(self.state["seen"])
         self.state["calls"] = calls + 1
         if self.state.get("arrived", 0) > self.patience and (calls + 1) % self.steps_per_round == 0:
             self.state["finished"] = 1
@@ -314,4 +318,5 @@ class ConstrainedMassTransport:
         # by importance weights: poor while the flow is far away, better where it matters
         ahead = -float(np.mean(log_q[np.isfinite(log_q)])) - (float(w @ -log_p[inside]) + log_z)
         left = max(self.rounds - int(self.state.get("round", 0)), self.rounds // 4, 1)
-        return float(max(2 * ahead / left, 0.1))
+        # what a flow of finite capacity is left with must not bind for ever
+        return float(max(2 * ahead / left, _LEAST_BOUND))

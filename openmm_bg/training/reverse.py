@@ -39,9 +39,9 @@ class ReversePath:
     variance : float
         Factor of the log-variance of the torsions.
     window : float
-        Log-weights further than this from the median enter the log-variance linearly: those above from the start, those
-        below more and more as the run goes on. Early, the stiff coordinates of such a sample are to blame, and its
-        torsions must not pay; late, it lies where the target has nothing.
+        Log-weights further than this above the median enter the log-variance linearly, those further below with a small
+        slope that grows over the run. Early, the stiff coordinates of such a sample are to blame, and its torsions must
+        not pay; late, it lies where the target has nothing.
     temper, explore : float
         Flattening of the torsions drawn, and the share of samples with a torsion turned anywhere, which fades
         over the run.
@@ -106,10 +106,10 @@ class ReversePath:
         known = log_w.detach()
         near = finite & ((known - masked_median(known, finite)).abs() < self.window)
         deviation = log_w - masked_mean(known, near)
-        size = deviation.abs()
         # a heavy weight is a hole of q that must be filled, but one sample may not rule the step
-        square = torch.where(size < self.window, size.square(), self.window * (2 * size - self.window))
-        square = torch.where(deviation < -self.window, progress * square, square)
+        square = torch.where(deviation < self.window, deviation.square(), self.window * (2 * deviation - self.window))
+        # a region that the target does not have must empty, but one clash does not say that it is one
+        square = torch.where(deviation < -self.window, -2 * progress * deviation, square)
         # explored samples speak where they have found a hole; elsewhere the flow's own samples know better
         kept = finite & (~explored | (deviation.detach() > 2))
         return masked_mean(square, kept)

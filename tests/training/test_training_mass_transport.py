@@ -37,8 +37,9 @@ class Heard(ConstrainedMassTransport):
 
     def __call__(self, step):
         loss, numbers = super().__call__(step)
-        if "round" in numbers:
-            self.__dict__.setdefault("heard", []).append(numbers)
+        heard = self.__dict__.setdefault("heard", [])
+        if len(heard) < numbers["round"]:
+            heard.append(numbers)
         return loss, numbers
 
 
@@ -129,7 +130,7 @@ def test_the_automatic_entropy_bound_is_twice_an_even_share_of_what_there_is_to_
         objective = ConstrainedMassTransport(None, samples=10_000, steps_per_round=1, rounds=rounds)
         bounds = [objective(step)[1]["entropy_bound"] for _ in range(rounds + 2)]  # the flow itself stays
         left = [max(rounds - done, rounds // 4, 1) for done in range(rounds + 2)]
-        assert bounds == pytest.approx([max(2 * there_is / n, 0.1) for n in left], rel=0.15)
+        assert bounds == pytest.approx([max(2 * there_is / n, 0.3) for n in left], rel=0.15)
 
 
 def test_the_automatic_entropy_bound_lets_a_flow_widen():
@@ -140,7 +141,7 @@ def test_the_automatic_entropy_bound_lets_a_flow_widen():
 
     objective = ConstrainedMassTransport(None, "auto", samples=5000, rounds=4)
     numbers = objective(step_of(generator_of(Wide())))[1]
-    assert numbers["entropy_bound"] == pytest.approx(0.1) and numbers["eta"] == 0 and numbers["entropy_drop"] < 0
+    assert numbers["entropy_bound"] == pytest.approx(0.3) and numbers["eta"] == 0 and numbers["entropy_drop"] < 0
 
 
 class Walled(Narrow):

@@ -103,6 +103,20 @@ def test_torsions_are_drawn_from_the_flattened_density():
     assert abs(sum(rare) / 40 - expected) < 0.01
 
 
+def test_dead_regions_pay_more_and_more_and_clashes_little():
+    """Slopes of the log-variance: square near the median, linear above the window, small and growing below it."""
+    objective = ReversePath(window=6.0)
+    start = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -3.0, 3.0, 20.0, -20.0, -math.inf])
+    explored = torch.zeros(10, dtype=torch.bool)
+    slopes = []
+    for progress in (0.0, 0.5, 1.0):
+        log_w = start.clone().requires_grad_()
+        objective._log_variance(log_w, explored, progress).backward()
+        slopes.append(9 * log_w.grad)  # nine are finite, the mean of those near the median is 0
+    for slope, below in zip(slopes, (0.0, -1.0, -2.0), strict=True):
+        assert torch.allclose(slope, torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -6.0, 6.0, 12.0, below, 0.0]))
+
+
 def test_the_fused_optimiser_leaves_out_what_is_not_finite():
     """What a recorded step relies on."""
     weight = torch.nn.Parameter(torch.ones(3))

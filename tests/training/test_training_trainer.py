@@ -384,6 +384,8 @@ def test_nothing_to_train_on():
         silent.fit(progress=False)
     with pytest.raises(bg.InputError, match="nothing to train on"):
         well().fit(energy=False, progress=False)
+    with pytest.raises(bg.InputError, match="empty list"):
+        well().fit(steps=1, objective=[], progress=False)
     with pytest.raises(bg.InputError, match="zero steps"):
         well().fit(steps=0, progress=False)
     with pytest.raises(bg.InputError, match="likelihood_steps"):
