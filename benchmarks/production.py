@@ -2,7 +2,7 @@
 
     python benchmarks/production.py --generator generator.bg --output production.jsonl --seed 1
     python benchmarks/production.py --output production.jsonl --plain --steps 10000000 --seed 1
-    python benchmarks/production.py --output production.jsonl --reference ala2_reference.npz --table
+    python benchmarks/production.py --output production.jsonl --reference aldp.npz --table
 
 Each call adds one chain. Training and its data are not in these figures; the report of a run states them with and
 without.

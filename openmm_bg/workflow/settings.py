@@ -19,7 +19,7 @@ _LARGEST_SEED = 2**31 - 16  # OpenMM's seeds are 32-bit, and every part of a run
 # The data of a molecule, where nothing else is asked for. Each torsion is one more thing to learn and to wait for.
 LADDERS = 16
 EXCHANGE_STEPS = 250
-ITERATIONS_PER_TORSION = 9
+ITERATIONS_PER_TORSION = 15
 HEATING_STEPS_PER_TORSION = 700
 # Neighbours exchange in 35 percent of the tries: energies fluctuate like the square root of the number of atoms.
 REPLICAS_PER_ROOT_ATOM = 1.28
@@ -78,7 +78,7 @@ class RunSettings:
     held_out: float = 0.2
     bursts: int = 16
     likelihood_steps: int = 400
-    training_steps: int = 14_300
+    training_steps: int = 11_000
     budget: str | None = None
     md_steps: int = 2_000_000
     production_steps: int = 1_000_000
@@ -111,7 +111,7 @@ class RunSettings:
         --------
         >>> alanine_dipeptide = RunSettings().for_molecule(7, 22, batched=True)
         >>> alanine_dipeptide.ladders, alanine_dipeptide.replicas, alanine_dipeptide.exchange_iterations
-        (16, 6, 63)
+        (16, 6, 105)
         """
         ladders = (LADDERS if batched else 1) if self.ladders is None else self.ladders
         many = ladders > 1
