@@ -18,9 +18,11 @@ from openmm_bg.units import GAS_CONSTANT
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
+# the tests of the wheel run outside the checkout, and the wheel does not ship the benchmarks
 if not BENCHMARKS.is_dir():
     pytest.skip("the benchmarks folder is not beside the tests", allow_module_level=True)
 
+# scripts, no package: they can be imported only once their folder is on the path (hence E402)
 sys.path.insert(0, str(BENCHMARKS))
 from reference import Reference, Reservoir, parse  # noqa: E402
 from reference_ladders import Ladders  # noqa: E402

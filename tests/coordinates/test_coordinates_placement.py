@@ -210,6 +210,7 @@ def test_without_a_compiler(monkeypatch, tmp_path):
         compilation._command.cache_clear()
 
 
+# the same text runs on the host in the tests above; launches and capture need the device itself
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_and_in_a_graph():
     place = Placement(TANGLED)

@@ -267,3 +267,30 @@ def test_log_variance_asks_for_data_unless_it_draws_everything():
     with pytest.raises(InputError, match="needs data"):
         generator.fit(steps=1, objective=LogVariance(), progress=False)
     assert generator.fit(steps=1, objective=LogVariance(own=1.0), progress=False).steps == 1
+
+
+class Itself:
+    """The flow's own density as the target, so that every weight is one and nothing is left to learn."""
+
+    def __init__(self, flow):
+        self.flow = flow
+
+    def value_and_gradient(self, q):
+        q = q.detach().requires_grad_()
+        u = -self.flow.log_prob(q)
+        return u.detach(), torch.autograd.grad(u.sum(), q)[0]
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_the_path_gradient_of_a_molecule_vanishes_at_its_own_density(power):
+    """It does so sample by sample, and only if the score of the stiff coordinates is in it."""
+    flow = MolecularFlow(7, torsions=[5, 6], rotors={}, stiff_torsions=[4], layers=3, hidden=8).double()
+    random = torch.Generator().manual_seed(0)
+    flow.initialize(0.1 * torch.randn(200, 7, generator=random, dtype=torch.float64))
+    with torch.no_grad():
+        for parameter in flow.stiff.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
+    step = Step(flow, Itself(flow), None, 64, 0.0, random)
+    loss, numbers = ReversePath(power=power, variance=0.0, explore=0.0)(step)
+    gradients = torch.autograd.grad(loss, list(flow.stiff.parameters()))
+    assert numbers["spread"] < 1e-9 and max(float(g.abs().max()) for g in gradients) < 1e-9

@@ -14,6 +14,7 @@ from openmm_bg.training import LogVariance, MaximumLikelihood, ReversePath, Sett
 from openmm_bg.training.objectives import Step
 from openmm_bg.training.replay import Replay
 
+# what a graph replays shows on a device alone; that a step can be recorded is checked without one
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 

@@ -11,6 +11,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from small_runs import QUICK, equal, weights
 
 import openmm_bg as bg
 from openmm_bg.flows import RealNVP
@@ -26,7 +27,6 @@ from openmm_bg.training import (
 )
 
 DEEP = bg.systems.load("double_well", beta=4)
-QUICK = Settings(batch_size=64, validation_size=128, validate_every=10, average=0.9)
 
 
 def well(seed: int = 0) -> bg.BoltzmannGenerator:
@@ -35,14 +35,6 @@ def well(seed: int = 0) -> bg.BoltzmannGenerator:
 
 def well_data(n: int = 500) -> torch.Tensor:
     return bg.systems.load("double_well").sample(n, torch.Generator().manual_seed(5))
-
-
-def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in module.state_dict().items()}
-
-
-def equal(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class Broken(MaximumLikelihood):
