@@ -6,6 +6,9 @@ import math
 
 MINUS = "\N{MINUS SIGN}"
 
+# The spread of equal numbers is not always zero in floating point.
+_ROUNDING = 1e-12
+
 
 def format_value(value: float, error: float | None = None, *, show_error: bool = True) -> str:
     """A value with its error, rounded where the error is uncertain itself.
@@ -32,12 +35,14 @@ def format_value(value: float, error: float | None = None, *, show_error: bool =
     '0.421'
     >>> format_value(0.42137, float("nan"))
     '0.4 ± ?'
+    >>> format_value(100.0, 1.9e-14)
+    '100'
     """
     if math.isnan(value):
         return "not measured"
     if math.isinf(value):
         return "∞" if value > 0 else MINUS + "∞"
-    if error is None or error == 0:
+    if error is None or 0 <= error <= _ROUNDING * abs(value):
         return _plain(value, _decimals(abs(value), 3))
     if not math.isfinite(error):
         return _plain(value, _decimals(abs(value), 1)) + (" ± ?" if show_error else "")
