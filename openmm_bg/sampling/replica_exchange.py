@@ -20,16 +20,14 @@ from typing import Any
 
 import numpy as np
 import openmm
-import torch
 from tqdm import tqdm
 
 from openmm_bg.device import find_device
 from openmm_bg.errors import InputError
 from openmm_bg.sampling.archive import load_arrays, save_arrays
-from openmm_bg.sampling.batched import batchable
-from openmm_bg.sampling.dynamics import check_system, fastest_platform, whole_number
+from openmm_bg.sampling.dynamics import check_system, whole_number
 from openmm_bg.sampling.exchange_result import ReplicaExchangeResult
-from openmm_bg.sampling.replicas import BatchedReplicas, ContextReplicas, Replicas
+from openmm_bg.sampling.replicas import replicas_for
 from openmm_bg.units import GAS_CONSTANT, kelvin, per_picosecond, picoseconds
 
 __all__ = ["ReplicaExchange", "ReplicaExchangeResult", "geometric_temperatures", "replica_exchange"]
@@ -126,7 +124,7 @@ class ReplicaExchange:
         self.keep = tuple(sorted(set(keep)))
         self.ladders = whole_number(ladders, "ladders", minimum=1)
         start = check_system(system, positions)
-        self._replicas, self._generator = _replicas(
+        self._replicas, self._generator = replicas_for(
             system, start, np.tile(ladder, self.ladders), self.seed,
             timestep=timestep, friction=friction, platform=platform, workers=self.workers,
             batch=self.ladders > 1, device=find_device(device),
@@ -156,6 +154,44 @@ class ReplicaExchange:
     def __len__(self) -> int:
         """Iterations recorded, in each ladder."""
         return len(self._energies)
+
+    def heat(self, steps: int, *, progress: bool = True) -> None:
+        """Move all walkers at the highest temperature, then slow each down to its own.
+
+        Walkers that all start from one structure need longer to forget it than a short ladder runs: the coldest wait
+        for exchanges that bring them something else. After heating, each starts from a conformation of its own.
+
+        Parameters
+        ----------
+        steps : int
+            Enough to cross the barriers at the highest temperature. Discard some iterations afterwards, in which the
+            ladder comes to equilibrium: positions are those of the highest temperature everywhere.
+        progress : bool
+            A bar with the remaining time on stderr, where that is a terminal.
+
+        Raises
+        ------
+        InputError
+            After the first iteration, or where the dynamics is unstable.
+
+        Examples
+        --------
+        >>> from openmm_bg import systems
+        >>> molecule = systems.load("alanine_dipeptide")
+        >>> run = ReplicaExchange(
+        ...     molecule.system, molecule.positions, temperatures=[300, 400], steps_per_iteration=10, seed=1
+        ... )
+        >>> run.heat(20, progress=False)
+        >>> run.run(2, record=False, progress=False)
+        """
+        if self.attempts:
+            raise InputError(
+                f"Walkers are heated before the first iteration, and {self.attempts} are done: build another "
+                "ReplicaExchange."
+            )
+        steps = whole_number(steps, "steps", minimum=1)
+        with tqdm(total=steps, desc="heating", unit="step", disable=None if progress else True) as bar:
+            self._replicas.heat(steps, bar.update)
 
     def run(
         self,
@@ -297,44 +333,13 @@ class ReplicaExchange:
         self._frames = {index: by_iteration(arrays[f"frames_{index}"]) for index in self.keep}
 
 
-def _replicas(
-    system: openmm.System,
-    start: np.ndarray,
-    temperatures: np.ndarray,
-    seed: int,
-    *,
-    timestep: Any,
-    friction: Any,
-    platform: str | None,
-    workers: int,
-    batch: bool,
-    device: torch.device,
-) -> tuple[Replicas, np.random.Generator]:
-    """The replicas, and the random numbers that decide the exchanges."""
-    seeds = np.random.SeedSequence(seed).spawn(len(temperatures) + 1)
-    *streams, deciding = (np.random.default_rng(child) for child in seeds)
-    if batch and platform is None and batchable(system) is None:
-        batched = BatchedReplicas(
-            system, start, temperatures, streams[0], timestep=timestep, friction=friction, device=device
-        )
-        return batched, deciding
-    if device.type != "cpu":
-        raise InputError(
-            "Only several ladders, as one batch, run on a GPU; give more ladders, or leave out the device."
-        )
-    contexts = ContextReplicas(
-        system, start, temperatures, streams, timestep=timestep, friction=friction,
-        platform=platform or fastest_platform(system), workers=workers,
-    )  # fmt: skip
-    return contexts, deciding
-
-
 def replica_exchange(
     system: openmm.System,
     positions: Any,
     *,
     temperatures: Sequence[Any] | np.ndarray,
     n_iterations: int,
+    heating_steps: int = 0,
     equilibration_iterations: int = 0,
     steps_per_iteration: int = 500,
     timestep: Any = 0.001,
@@ -357,6 +362,8 @@ def replica_exchange(
     ----------
     n_iterations, equilibration_iterations : int
         Iterations of each ladder recorded, and discarded before them.
+    heating_steps : int
+        Steps of all walkers at the highest temperature before everything else (:meth:`ReplicaExchange.heat`).
     checkpoint : path, optional
         Where the state is saved about every half minute.
     resume : bool
@@ -379,6 +386,7 @@ def replica_exchange(
         False, or an unstable simulation.
     """
     n_iterations = whole_number(n_iterations, "n_iterations", minimum=1)
+    heating_steps = whole_number(heating_steps, "heating_steps", minimum=0)
     equilibration_iterations = whole_number(equilibration_iterations, "equilibration_iterations", minimum=0)
     if resume and checkpoint is None:
         raise InputError("resume=True needs the checkpoint to resume from.")
@@ -402,6 +410,8 @@ def replica_exchange(
     )
     if exists and checkpoint is not None:
         run.restore(checkpoint)
+    elif heating_steps:
+        run.heat(heating_steps, progress=progress)
     warming = max(0, equilibration_iterations - run.attempts)
     run.run(warming, record=False, checkpoint=checkpoint, progress=progress)
     run.run(max(0, n_iterations - len(run)), checkpoint=checkpoint, progress=progress, callback=callback)

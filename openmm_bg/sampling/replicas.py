@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -11,8 +11,12 @@ import openmm
 import torch
 
 from openmm_bg.energies import ForceFieldEnergy
-from openmm_bg.sampling.batched import BatchedLangevin
-from openmm_bg.sampling.dynamics import LangevinPropagator
+from openmm_bg.errors import InputError
+from openmm_bg.sampling.batched import BatchedLangevin, batchable
+from openmm_bg.sampling.dynamics import LangevinPropagator, fastest_platform
+
+# Steps of heating between two reports, so that a bar moves and Ctrl-C is heard.
+_PIECE = 500
 
 
 class Replicas(Protocol):
@@ -26,6 +30,12 @@ class Replicas(Protocol):
 
     def start(self, minimize: bool) -> None:
         """Relax the first, place all others there, draw velocities."""
+
+    def heat(self, steps: int, report: Callable[[int], Any]) -> None:
+        """Move all at the highest temperature from fresh velocities, then slow each down to its own.
+
+        `report` hears of every few steps taken.
+        """
 
     def advance(self, steps: int) -> np.ndarray:
         """Potential energies ``(replicas,)`` in kJ/mol after `steps` steps."""
@@ -77,6 +87,20 @@ class ContextReplicas:
             replica.positions = self._replicas[0].positions.copy()
             replica.draw_velocities()
 
+    def heat(self, steps: int, report: Callable[[int], Any]) -> None:
+        own = np.array([replica.temperature for replica in self._replicas])
+        try:
+            for replica in self._replicas:
+                replica.temperature = own.max()
+                replica.draw_velocities()
+            for piece in _pieces(steps):
+                list(self._pool.map(lambda replica, n=piece: replica.advance(n), self._replicas))
+                report(piece)
+        finally:  # an interrupted heating leaves no thermostat at the wrong temperature
+            for replica, temperature in zip(self._replicas, own, strict=True):
+                replica.velocities = replica.velocities * np.sqrt(temperature / replica.temperature)
+                replica.temperature = temperature
+
     def advance(self, steps: int) -> np.ndarray:
         def propagate(replica: LangevinPropagator) -> float:
             replica.advance(steps)
@@ -123,9 +147,12 @@ class BatchedReplicas:
         timestep: Any,
         friction: Any,
         device: torch.device,
+        heating_seed: int,
     ) -> None:
         self.identity = {"platform": "torch" if device.type == "cpu" else f"torch, {device.type}"}
         self._system, self._relaxed = system, start
+        # numbers of its own: the exchange after it draws the same with heating as without
+        self._heating = torch.Generator(device).manual_seed(heating_seed % 2**63)
         random = torch.Generator(device).manual_seed(int(stream.integers(2**31)))
         self._walkers = BatchedLangevin(
             ForceFieldEnergy(system, 300.0).to(device), np.repeat(start[None], len(temperatures), 0),
@@ -146,6 +173,21 @@ class BatchedReplicas:
             relaxer.minimize()
             walkers.positions = torch.as_tensor(relaxer.positions).to(walkers.positions).expand_as(walkers.positions)
         walkers.draw_velocities()
+
+    def heat(self, steps: int, report: Callable[[int], Any]) -> None:
+        own = self._walkers
+        top = float(own.temperatures.max())
+        hot = BatchedLangevin(
+            own.energy, own.positions, temperature=top, timestep=own.timestep, friction=own.friction,
+            generator=self._heating,
+        )  # fmt: skip
+        hot.draw_velocities()
+        for piece in _pieces(steps):
+            hot.advance(piece)
+            report(piece)
+        slower = torch.sqrt(own.temperatures / top)[:, None, None]
+        own.positions, own.velocities = hot.positions, (slower * hot.velocities.double()).to(hot.velocities)
+        own.force_evaluations += hot.force_evaluations
 
     def advance(self, steps: int) -> np.ndarray:
         self._walkers.advance(steps)
@@ -172,3 +214,41 @@ class BatchedReplicas:
             setattr(self._walkers, name, torch.as_tensor(arrays[name]).to(self._walkers.positions))
         self._walkers.generator.set_state(torch.as_tensor(arrays["random"]))
         self._walkers.force_evaluations = header["force_evaluations"]
+
+
+def replicas_for(
+    system: openmm.System,
+    start: np.ndarray,
+    temperatures: np.ndarray,
+    seed: int,
+    *,
+    timestep: Any,
+    friction: Any,
+    platform: str | None,
+    workers: int,
+    batch: bool,
+    device: torch.device,
+) -> tuple[Replicas, np.random.Generator]:
+    """The replicas, and the random numbers that decide the exchanges."""
+    seeds = np.random.SeedSequence(seed).spawn(len(temperatures) + 1)
+    *streams, deciding = (np.random.default_rng(child) for child in seeds)
+    if batch and platform is None and batchable(system) is None:
+        batched = BatchedReplicas(
+            system, start, temperatures, streams[0], timestep=timestep, friction=friction, device=device,
+            heating_seed=seed,
+        )  # fmt: skip
+        return batched, deciding
+    if device.type != "cpu":
+        raise InputError(
+            "Only several ladders, as one batch, run on a GPU; give more ladders, or leave out the device."
+        )
+    contexts = ContextReplicas(
+        system, start, temperatures, streams, timestep=timestep, friction=friction,
+        platform=platform or fastest_platform(system), workers=workers,
+    )  # fmt: skip
+    return contexts, deciding
+
+
+def _pieces(steps: int) -> Iterator[int]:
+    for done in range(0, steps, _PIECE):
+        yield min(_PIECE, steps - done)

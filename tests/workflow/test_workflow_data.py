@@ -6,14 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from openmm import app
 
 import openmm_bg as bg
 from openmm_bg.errors import InputError
-from openmm_bg.sampling import replica_exchange
+from openmm_bg.sampling import ReplicaExchange, replica_exchange
 from openmm_bg.training import Settings
-from openmm_bg.units import GAS_CONSTANT
 from openmm_bg.workflow import RunSettings, data, generator_for
 from openmm_bg.workflow.settings import split_frames
 
@@ -68,37 +66,14 @@ def test_one_ladder_is_the_plain_replica_exchange(alanine, tmp_path):
     assert np.array_equal(mine.frames[0], theirs.frames[0])
 
 
-def test_walkers_start_hot_and_apart(alanine):
-    temperatures = np.array([300.0, 450.0, 670.0, 1000.0])
-    run = data._HotExchange(
-        alanine.system, alanine.positions, temperatures=temperatures, steps_per_iteration=5, seed=1, ladders=16
-    )
-    before = run.result().force_evaluations
-    run.heat(bg.ForceFieldEnergy(alanine.system, 300), 2000, progress=False)
-    header, arrays = run._replicas.save()
-    # every step of every walker is paid for, and two evaluations for its velocities
-    assert header["force_evaluations"] - before == 64 * 2002
-    # the energies are those of 1000 K everywhere: 60 coordinates, most of them harmonic, half a kT each
-    x = torch.as_tensor(arrays["positions"].astype(float))
-    energy = bg.ForceFieldEnergy(alanine.system, 300).potential(x).numpy()
-    cold, hot = energy.reshape(16, 4)[:, 0].mean(), energy.reshape(16, 4)[:, 3].mean()
-    assert abs(cold - hot) < 5 * energy.std() * np.sqrt(2 / 16)
-    assert cold - (-60.0) > 0.7 * 30 * GAS_CONSTANT * 700  # -60 kJ/mol on average at 300 K
-    # each walker's velocities are those of its own temperature
-    masses = np.array([alanine.system.getParticleMass(i)._value for i in range(22)])[:, None]
-    kinetic = 0.5 * (masses * arrays["velocities"].astype(float) ** 2).sum((1, 2)).reshape(16, 4)
-    found = 2 * kinetic / (66 * GAS_CONSTANT)
-    np.testing.assert_allclose(found.mean(0), temperatures, rtol=5 * np.sqrt(2 / 66 / 16))
-
-
 def test_an_exchange_that_was_killed_goes_on_from_its_checkpoint(alanine, tmp_path):
     whole = data.exchange(alanine, SMALL, tmp_path / "whole.npz", progress=False)
     assert whole.frames[0].shape == (60, 22, 3) and len(whole.potential_energy) == 60
-    stopped = data._HotExchange(
+    stopped = ReplicaExchange(
         alanine.system, alanine.positions, temperatures=whole.temperatures, steps_per_iteration=5, seed=SMALL.seed,
         ladders=3,
     )  # fmt: skip
-    stopped.heat(bg.ForceFieldEnergy(alanine.system, 300), 600, progress=False)
+    stopped.heat(600, progress=False)
     stopped.run(1, record=False, checkpoint=tmp_path / "stopped.npz", progress=False)
     again = data.exchange(alanine, SMALL, tmp_path / "stopped.npz", progress=False)
     assert np.array_equal(again.frames[0], whole.frames[0])
