@@ -17,7 +17,7 @@ setup(
         "openmm_bg.systems": "systems",
     },
     package_data={
-        "openmm_bg": ["py.typed", "energies/prelude.h"],
+        "openmm_bg": ["py.typed", "prelude.h"],
         "openmm_bg.forcefields": ["*.xml"],
         "openmm_bg.systems": ["*.pdb"],
     },

@@ -37,7 +37,7 @@ class NoCompiler(Exception):
 
 def prelude() -> str:
     """What kernels stand on: V, a register of numbers or on a GPU a single one, and its functions."""
-    return Path(__file__).with_name("energies").joinpath("prelude.h").read_text()
+    return Path(__file__).with_name("prelude.h").read_text()
 
 
 def cache_directory() -> Path:

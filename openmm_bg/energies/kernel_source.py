@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from importlib import resources
 
+from openmm_bg.compilation import prelude
 from openmm_bg.energies import expression
 from openmm_bg.energies.expression import Node
 from openmm_bg.energies.kernel_text import AXES, Expressions, geometry, indent
@@ -62,9 +62,8 @@ def write(model: Model) -> Source:
     writer = _Writer()
     body = [line for terms in model.terms for line in writer.terms(terms)]
     body += [line for sums in model.sums for line in writer.sums(sums)]
-    prelude = resources.files("openmm_bg.energies").joinpath("prelude.h").read_text()
     offset = f"constexpr int FUNCTIONS = {len(writer.columns)};  // tables of functions follow those of parameters"
-    text = "\n".join((prelude, offset, _HEAD, *("  " + line for line in body), _TAIL))
+    text = "\n".join((prelude(), offset, _HEAD, *("  " + line for line in body), _TAIL))
     return Source(text, writer.columns, writer.functions, 6 + writer.scratch)
 
 
