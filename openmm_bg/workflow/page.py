@@ -273,7 +273,10 @@ def _cost(results: Results) -> Table:
             ("plain MD, for comparison", evaluations["plain MD"], ""),
             ("simulate, all three", "", seconds["simulate"]),
             ("train", evaluations["training"], seconds["train"]),
-            ("sample: draws, and MD with moves", evaluations["MD with moves"], seconds["sample"]),
+            ("independent draws", evaluations["independent draws"], ""),
+            ("MD with moves", evaluations["MD with moves"], ""),
+            ("sample, both", "", seconds["sample"]),
+            ("diagnosis, after training and of the draws", evaluations["diagnosis"], ""),
         ],
         f"Effective samples of {results.observable} per million evaluations of MD with moves, with training and its "
         f"data included: {format_value(moves['per_million_evaluations_with_training'])}.",

@@ -268,7 +268,9 @@ def _summary(results: Results) -> dict[str, Any]:
         "cost": {
             "force_evaluations": {
                 **_training_cost(steps),
+                "diagnosis": sum(steps[name]["diagnosis_evaluations"] for name in ("train", "sample")),
                 "plain MD": steps["simulate"]["md_evaluations"],
+                "independent draws": steps["sample"]["draw_evaluations"],
                 "MD with moves": steps["sample"]["md_steps"] + proposed,
             },
             "seconds": {name: step["seconds"] for name, step in steps.items()},

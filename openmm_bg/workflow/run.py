@@ -333,13 +333,15 @@ class Run:
         }
         fingerprint = generator.save(self.path("generator.bg"))
         self.say(f"      {result.steps:,} steps and {result.evaluations:,} energy evaluations")
-        diagnosis = self._diagnose(generator, generator.sample(min(s.samples, _LOOK), seed=s.seed + 7))
+        draws = generator.sample(min(s.samples, _LOOK), seed=s.seed + 7)
+        diagnosis, spent = self._diagnose(generator, draws)
         self._finish("train", started, {
             "evaluations": result.evaluations,
             "steps": result.steps,
             "skipped": result.skipped,
             "rollbacks": result.rollbacks,
             "diagnosis": diagnosis,
+            "diagnosis_evaluations": len(draws) + spent,
             "sha256": fingerprint,
         })  # fmt: skip
 
@@ -353,7 +355,7 @@ class Run:
             self.path("samples.npz"), positions=draws.positions.numpy().astype(np.float32),
             reduced_energy=draws.reduced_energy.numpy(), log_prob=draws.log_prob.numpy(),
         )  # fmt: skip
-        diagnosis = self._diagnose(generator, draws)
+        diagnosis, spent = self._diagnose(generator, draws)
         integrator = openmm.LangevinMiddleIntegrator(molecule.temperature, 1.0, TIMESTEP)
         integrator.setRandomNumberSeed(s.seed + 4)
         where = fastest_platform(molecule.system)
@@ -393,10 +395,12 @@ class Run:
             "refused": sampler.numRefused,
             "md_steps": simulation.currentStep,
             "diagnosis": diagnosis,
+            "draw_evaluations": len(draws),
+            "diagnosis_evaluations": spent,
         })  # fmt: skip
 
-    def _diagnose(self, generator: BoltzmannGenerator, draws: Samples) -> dict[str, Any]:
-        """Say, and return for run.json, where a generator loses its effective samples."""
+    def _diagnose(self, generator: BoltzmannGenerator, draws: Samples) -> tuple[dict[str, Any], int]:
+        """Say, and return for run.json, where a generator loses its effective samples; and the evaluations it took."""
         _, held_out = self.settings.split(Trajectory.load(self.path("exchange_frames.npz")).positions)
         diagnosis = diagnose_generator(
             generator, draws.positions, draws.log_weights.numpy(), held_out, generator.log_weights(held_out).numpy(),
@@ -404,7 +408,7 @@ class Run:
         )  # fmt: skip
         for finding in diagnosis.findings.values():
             self.say(f"      {finding}")
-        return diagnosis.to_dict()
+        return diagnosis.to_dict(), len(held_out)
 
     def compare(self) -> None:
         """Everything that is claimed, in summary.json."""

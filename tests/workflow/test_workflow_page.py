@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -52,6 +53,8 @@ def material(alanine) -> Material:
         "train": {**STEP, "evaluations": 5000, "steps": 8000, "skipped": 0, "sha256": "f" * 64},
         "sample": {**STEP, "proposed": 400, "accepted": 200, "refused": 0, "md_steps": 200_000, "resumed": True},
     }
+    steps["train"]["diagnosis_evaluations"] = 20_123
+    steps["sample"] |= {"draw_evaluations": 600, "diagnosis_evaluations": 400}
     steps["sample"]["diagnosis"] = diagnose(
         log_weights, np.zeros(20), regions={"left": (log_weights > 0, np.zeros(20, dtype=bool))}
     ).to_dict()  # fmt: skip
@@ -84,6 +87,7 @@ def test_equal_ensembles_agree_and_the_page_says_so(material, tmp_path):
     page = (tmp_path / "report.html").read_text()
     for text in ("Passed", "reweighted", "Memory of φ &gt; 0", "mean -log q", "var log w", "1, last leg", "Pareto k"):
         assert text in page, text
+    assert re.search(r"diagnosis, after training and of the draws</t[hd]>\s*<td[^>]*>20,523<", page)
     assert "φ > 0: " in headline(results) and "effective samples per million" in headline(results)
 
 
@@ -99,6 +103,8 @@ def test_the_numbers_are_those_of_the_ensembles(material):
         1e6 * moves["effective_samples"] / (400 * 510 + 6100)
     )
     assert summary["cost"]["resumed"] == ["sample"]
+    cost = summary["cost"]["force_evaluations"]
+    assert (cost["training"], cost["diagnosis"], cost["independent draws"]) == (5000, 20_523, 600)
 
 
 def test_a_chain_of_another_law_is_called_different(material):

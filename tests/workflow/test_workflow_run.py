@@ -140,7 +140,11 @@ def test_the_summary_is_strict_json_and_agrees_with_the_files(finished):
         periodic=False,
     )
     assert summary["left_handed_share"]["ALA2"]["MD with moves"]["value"] == pytest.approx(left_handed(phi).mean())
-    assert summary["cost"]["force_evaluations"]["MD with moves"] == 5250
+    cost, held_out = summary["cost"]["force_evaluations"], summary["generator"]["held_out_frames"]
+    assert cost["MD with moves"] == 5250
+    # 200 draws and the held-out frames after training, those frames again beside the draws of the sample step
+    assert cost["diagnosis"] == 200 + 2 * held_out and cost["independent draws"] == 200
+    assert cost["training"] == run_json(finished)["steps"]["train"]["evaluations"]
     assert summary["diagnosis"]["ess"] == pytest.approx(summary["generator"]["ess"])
     assert summary["diagnosis"] == run_json(finished)["steps"]["sample"]["diagnosis"]
 
