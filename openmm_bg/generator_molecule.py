@@ -103,7 +103,20 @@ def molecular_flow(
         seed=seed,
         blocks=blocks,
         bonded_blocks=bonded,
+        neighbours=_neighbours(zmatrix, coordinates, torsions),
+        mixing=True,
     )
+
+
+def _neighbours(zmatrix: ZMatrix, coordinates: InternalCoordinates, torsions: list[int]) -> list[tuple[int, int]]:
+    """Pairs of stiff coordinates that move one atom, two siblings, or an atom and the one it hangs on."""
+    rows = [tuple(map(int, row[:2])) for table in (zmatrix.bonds, zmatrix.angles, zmatrix.torsions) for row in table]
+    moved = {i: rows[row] for i, row in enumerate(coordinates.free.tolist()) if i not in set(torsions)}
+
+    def near(first: tuple[int, int], second: tuple[int, int]) -> bool:
+        return first[0] in second or second[0] in first or first[1] == second[1]
+
+    return [(i, j) for i in moved for j in moved if i < j and near(moved[i], moved[j])]
 
 
 def harmonic_scales(coordinates: InternalCoordinates, system: openmm.System, temperature: float) -> Tensor:

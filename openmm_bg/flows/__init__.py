@@ -9,6 +9,7 @@ from openmm_bg.flows.coupling import AffineCoupling, SplineCoupling
 from openmm_bg.flows.equivariant import CentredBase, PairEnergy, PairVelocity
 from openmm_bg.flows.general import RealNVP, SplineFlow
 from openmm_bg.flows.gradient_flow import GradientFlowVelocity
+from openmm_bg.flows.mixing import Mixing
 from openmm_bg.flows.molecular import MolecularFlow
 from openmm_bg.flows.moser import MoserFlow, MoserTransform
 from openmm_bg.flows.spline import circular_spline, interval_spline, rational_quadratic
@@ -31,6 +32,7 @@ __all__ = [
     "ContinuousTransform",
     "Flow",
     "GradientFlowVelocity",
+    "Mixing",
     "MolecularFlow",
     "MoserFlow",
     "MoserTransform",

@@ -243,7 +243,8 @@ def _stages(
         terms: list = [(1.0, objective)] if callable(objective) else list(objective)
         if data:
             terms.append((0.02, MaximumLikelihood(torsions_only=True, fade=True)))
-        stages.append(Stage("energy", steps, terms))
+        # few parameters rule the weights of whole basins: at the full rate those go up and down
+        stages.append(Stage("energy", steps, terms, torsion_rate=0.3))
     return stages
 
 

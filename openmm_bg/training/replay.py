@@ -36,6 +36,8 @@ class Replay:
     Parameters
     ----------
     flow, average : Module
+    groups : sequence of dict
+        The flow's parameters in the groups of the optimiser, which have rates of their own.
     betas : (float, float)
     generator : torch.Generator
         On the device; its state goes on from graph to graph.
@@ -47,6 +49,7 @@ class Replay:
         self,
         flow: nn.Module,
         average: nn.Module,
+        groups: Sequence[dict[str, Any]],
         betas: tuple[float, float],
         generator: torch.Generator,
         target: Target | None,
@@ -54,9 +57,11 @@ class Replay:
         device = generator.device
         self.parameters, self.averaged = list(flow.parameters()), list(average.parameters())
         self.generator, self.target = generator, target
-        self.rate, self.progress, self.share = (torch.zeros((), device=device) for _ in range(3))
+        self.progress, self.share = (torch.zeros((), device=device) for _ in range(2))
+        self.rates = [torch.zeros((), device=device) for _ in groups]
         self.bad, self.skipped = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.rate, betas=betas, fused=True, capturable=True)
+        groups = [{**group, "lr": rate} for group, rate in zip(groups, self.rates, strict=True)]
+        self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=True)
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.forget()
@@ -68,13 +73,17 @@ class Replay:
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, dict[str, Any], int]] = {}
         self.warm: dict[Hashable, int] = {}
         self.fixed: dict[int, dict[str, Tensor]] = {}
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
 
-    def between(self, rate: float) -> None:
+    def between(self, rates: Sequence[float]) -> None:
         """Before a step that is not recorded."""
-        self.rate.fill_(rate)
+        self._set_rates(rates)
         self.optimizer.found_inf = None
+
+    def _set_rates(self, rates: Sequence[float]) -> None:
+        for rate, now in zip(self.rates, rates, strict=True):
+            rate.fill_(now)
 
     @staticmethod
     def can(terms: Sequence[tuple[float, Objective]]) -> bool:
@@ -86,8 +95,8 @@ class Replay:
         return int(self.bad), int(self.skipped)
 
     def step(
-        self, stage: int, terms: Sequence[tuple[float, Objective]], program: Program, rate: float, progress: float,
-        share: float,
+        self, stage: int, terms: Sequence[tuple[float, Objective]], program: Program, rates: Sequence[float],
+        progress: float, share: float,
     ) -> dict[str, Any]:  # fmt: skip
         """One step; the numbers of the log, on the device.
 
@@ -98,10 +107,12 @@ class Replay:
         terms : sequence of (float, Objective)
         program : callable
             Takes the progress, sets the gradients, and returns numbers and whether the step is usable.
-        rate, progress, share : float
-            Learning rate, progress of the run, and how far the average follows.
+        rates : sequence of float
+            Learning rates of the groups.
+        progress, share : float
+            Progress of the run, and how far the average follows.
         """
-        self.rate.fill_(rate)
+        self._set_rates(rates)
         self.progress.fill_(progress)
         self.share.fill_(share)
         key = (stage, *(objective.phase() for _, objective in terms))
@@ -125,7 +136,7 @@ class Replay:
     def _whole(self, program: Program) -> dict[str, Any]:
         numbers, usable = program(self.progress)
         # the fused optimiser leaves weights and moments alone where this is one
-        self.optimizer.found_inf = 1 - usable.to(self.rate.dtype)
+        self.optimizer.found_inf = 1 - usable.to(self.progress.dtype)
         self.optimizer.step()
         with torch.no_grad():
             apart = torch._foreach_sub(self.parameters, self.averaged)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from openmm_bg.flows import MolecularFlow
-from openmm_bg.training.masked import masked_mean, masked_median, masked_std
+from openmm_bg.training.masked import masked_median, masked_std
 from openmm_bg.training.objectives import Step
+from openmm_bg.training.past import Past, recall, remember
 
 _POOL_AGE = 4
 
@@ -48,6 +49,9 @@ class ReversePath:
     reach : float
         Such samples train the stiff coordinates with at least weight ``explored_weight`` while their log-weight
         is no further than this below the median: beyond, atoms overlap.
+    memory, recall : int
+        Batches whose torsions are kept with what was found there, and how many batches of them take part in each step's
+        log-variance. They cost no energy; without them the torsions' density is what limits the effective sample size.
     """
 
     power: float = 0.5
@@ -58,6 +62,8 @@ class ReversePath:
     explore: float = 0.08
     explored_weight: float = 0.3
     reach: float = 25.0
+    memory: int = 64
+    recall: int = 2
     needs_data: bool = field(default=False, init=False)
     needs_energy: bool = field(default=True, init=False)
     state: dict[str, float] = field(default_factory=dict, init=False)
@@ -83,44 +89,59 @@ class ReversePath:
         return self._path(y, gradient + score, log_w), _summary(log_w)
 
     def _molecular(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        t, log_q_t, explored = self._draw_torsions(flow, step)
+        t, explored = self._draw_torsions(flow, step)
+        learns_torsions = flow.torsions is not None and self.variance > 0
+        batches = self.recall if learns_torsions and self.memory else 0
+        past = recall(self.tensors, t, self.memory * len(t), batches * len(t), step.generator)
+        log_q_t, log_q_past = flow.log_prob_torsions(torch.cat([t, past.torsions])).split([len(t), len(past.rest)])
         y, log_q_y, score = flow.draw_stiff_with_score(t, step.generator)
         leaf = y.detach().requires_grad_()
         q = flow.chart.join(t, leaf)
         u, gradient_q = step.target.value_and_gradient(q.detach())
         (gradient,) = torch.autograd.grad(q, leaf, torch.where(torch.isfinite(q), gradient_q, 0.0))
-        log_w = -u - log_q_t.detach() - log_q_y
+        rest = -u - log_q_y
+        log_w = rest - log_q_t.detach()
         loss = self._path(y, gradient + score, log_w, explored)
         summary = _summary(log_w, ~explored)
-        if flow.torsions is not None and self.variance > 0:
-            # only the torsions' density carries a gradient here
-            spread = self._log_variance(log_w + log_q_t.detach() - log_q_t, explored, step.progress)
+        if learns_torsions:
+            # only the torsions' density carries a gradient here; what has become less likely since counts less
+            then = (log_q_past.detach() - past.log_q).clamp(max=1.0).exp().nan_to_num()
+            spread = self._log_variance(
+                torch.cat([rest - log_q_t, past.rest - log_q_past]),
+                torch.cat([explored, torch.zeros_like(then, dtype=torch.bool)]),
+                torch.cat([torch.ones_like(rest), then]),
+                step.progress,
+            )
+            if batches:
+                remember(self.tensors, Past(t, torch.where(explored, math.nan, rest), log_q_t.detach()))
             summary["log_variance"] = spread.detach()
             loss = loss + self.variance * spread
         return loss, summary
 
-    def _log_variance(self, log_w: Tensor, explored: Tensor, progress: float | Tensor) -> Tensor:
+    def _log_variance(self, log_w: Tensor, explored: Tensor, share: Tensor, progress: float | Tensor) -> Tensor:
         """Variance of the log-weights about the mean of those near the median, robust on both sides."""
         finite = torch.isfinite(log_w)
         log_w = torch.where(finite, log_w, 0.0)
         known = log_w.detach()
         near = finite & ((known - masked_median(known, finite)).abs() < self.window)
-        deviation = log_w - masked_mean(known, near)
+        mean = (share * torch.where(near, known, 0.0)).sum() / (share * near).sum().clamp(min=1e-30)
+        deviation = log_w - mean
         # a heavy weight is a hole of q that must be filled, but one sample may not rule the step
         square = torch.where(deviation < self.window, deviation.square(), self.window * (2 * deviation - self.window))
         # a region that the target does not have must empty, but one clash does not say that it is one
         square = torch.where(deviation < -self.window, -2 * progress * deviation, square)
         # explored samples speak where they have found a hole; elsewhere the flow's own samples know better
         kept = finite & (~explored | (deviation.detach() > 2))
-        return masked_mean(square, kept)
+        share = torch.where(kept, share, 0.0)
+        return (share * torch.where(kept, square, 0.0)).sum() / share.sum().clamp(min=1e-30)
 
-    def _draw_torsions(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Detached torsions ``(batch, torsions)``, their log-density with gradient, and which were turned anywhere."""
+    def _draw_torsions(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor]:
+        """Detached torsions ``(batch, torsions)``, and which were turned anywhere."""
         n = step.batch_size
         random = {"generator": step.generator, "device": step.device}
         if flow.torsions is None:
             t = flow.draw_torsions(n, step.generator)
-            return t, t.new_zeros(n), torch.zeros(n, dtype=torch.bool, device=step.device)
+            return t, torch.zeros(n, dtype=torch.bool, device=step.device)
         with torch.no_grad():
             many, log_q = self._pool(flow, step)
             finite = torch.isfinite(log_q)
@@ -137,7 +158,7 @@ class ReversePath:
             turn = explored[:, None] & (places[place] > 0)
             anywhere = math.pi * (2 * torch.rand(n, 1, dtype=t.dtype, **random) - 1)
             t = t.scatter(1, place, torch.where(turn, anywhere, t.gather(1, place)))
-        return t, flow.log_prob_torsions(t), explored
+        return t, explored
 
     def _pool(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor]:
         """Draws of the torsions' density to choose from, ``4 * batch`` of them, renewed every fourth step.

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from openmm_bg.device import find_device
 from openmm_bg.errors import InputError
 from openmm_bg.files import write_atomically
+from openmm_bg.flows import Flow
 from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.sampling.metropolis import independence_acceptance
 from openmm_bg.sampling.reweighting import effective_sample_size
@@ -50,12 +51,15 @@ class Stage:
     terms : sequence of (float, Objective)
     rate : float or None
         A constant learning rate. None follows the cosine that the stages without a rate of their own share.
+    torsion_rate : float
+        Factor of the learning rate for the density of a molecule's torsions.
     """
 
     name: str
     steps: int
     terms: Sequence[tuple[float, Objective]]
     rate: float | None = None
+    torsion_rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -186,12 +190,11 @@ class Trainer:
         self.random = torch.Generator(self.device).manual_seed(seed)
         # validation draws its own numbers: how often one looks does not change what is learned
         self.validation_random = torch.Generator(self.device).manual_seed(seed + 1_000_003)
-        self.optimizer = torch.optim.Adam(
-            self.flow.parameters(), lr=self.settings.learning_rate, betas=self.settings.betas
-        )
+        groups = _parameter_groups(self.flow)
+        self.optimizer = torch.optim.Adam(groups, lr=self.settings.learning_rate, betas=self.settings.betas)
         self.replay: Replay | None = None
         if self.device.type == "cuda":
-            self.replay = Replay(self.flow, self.average, self.settings.betas, self.random, self.target)
+            self.replay = Replay(self.flow, self.average, groups, self.settings.betas, self.random, self.target)
             self.optimizer = self.replay.optimizer
         self.planned = [stage.steps for stage in self.stages]
         self._last_evaluations = (0, 0)
@@ -203,7 +206,7 @@ class Trainer:
         self.log = None if log is None else Path(log)
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.identity = {
-            "stages": [[stage.name, stage.steps] for stage in self.stages],
+            "stages": [[stage.name, stage.steps, stage.torsion_rate] for stage in self.stages],
             "settings": {k: str(v) for k, v in asdict(self.settings).items() if k != "checkpoint_seconds"},
             "data": None if data is None else list(data.shape),
             "budget": None if budget is None else [budget.seconds, budget.evaluations],
@@ -380,11 +383,12 @@ class Trainer:
     def _gradient(self, number: int) -> tuple[dict[str, Any], dict[str, Any], Tensor]:
         """Set the gradient of one step: heading and numbers of its record, and whether all is finite."""
         rate, progress = self._pace(number)
+        rates = rate, rate * self.stages[number].torsion_rate
         if self.replay is not None:
-            self.replay.between(rate)
+            self.replay.between(rates)
         else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            for group, its_rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = its_rate
         numbers, usable = self._program(number, progress)
         advance(self.stages[number].terms)
         return self._heading(number, rate), numbers, usable
@@ -428,8 +432,9 @@ class Trainer:
     def _replayed(self, number: int) -> tuple[dict[str, Any], dict[str, Any], None]:
         """A whole step on a CUDA device, recorded once for every kind of step."""
         rate, progress = self._pace(number)
+        stage, rates = self.stages[number], (rate, rate * self.stages[number].torsion_rate)
         numbers = self.replay.step(
-            number, self.stages[number].terms, lambda p: self._program(number, p), rate, progress, 1 - self._decay()
+            number, stage.terms, lambda p: self._program(number, p), rates, progress, 1 - self._decay()
         )
         self.result.steps += 1
         if self.result.steps % 50 == 0 or self.result.steps >= self.total:
@@ -558,6 +563,14 @@ class Trainer:
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.log.write_text("".join(json.dumps(r) + "\n" for r in header["history"]))
+
+
+def _parameter_groups(flow: Flow) -> list[dict[str, Any]]:
+    """Parameters of the torsions' density apart from all others; either may be empty."""
+    torsions = getattr(flow, "torsions", None)
+    apart = [] if torsions is None else list(torsions.parameters())
+    known = set(map(id, apart))
+    return [{"params": [p for p in flow.parameters() if id(p) not in known]}, {"params": apart}]
 
 
 def _cumulative(numbers: Sequence[int]) -> list[int]:

@@ -31,6 +31,7 @@ FLOWS = {
     "realnvp": {"torsion_model": "realnvp"},
     "local": {"blocks": [0, 0, 0, 1, 1, 1, 1], "bonded_blocks": [(0, 1)], "torsion_conditions": [[], [0]]},
     "spline layers": {"spline_layers": 2},
+    "mixing": {"mixing": True},
 }
 
 

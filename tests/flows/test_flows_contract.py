@@ -19,6 +19,7 @@ from openmm_bg.flows import (
     ConditionalWhitening,
     ContinuousFlow,
     Flow,
+    Mixing,
     MolecularFlow,
     PerceptronEnergy,
     PerceptronVelocity,
@@ -65,6 +66,8 @@ TRANSFORMS = {
         AutoregressiveSpline([1, 3, 1, 2, 1], conditions=[[], [0], [1], [0], [2, 3]]), [True] * 5, True,
     ),
     "conditional affine": lambda: (ConditionalAffine(5, 4), [False] * 5, True),
+    "mixing": lambda: (Mixing(5), [False] * 5, True),
+    "mixing beside a context": lambda: (Mixing(5, 4), [False] * 5, True),
     "whitening": lambda: (whitening(0), [False] * 5, False),
     "conditional whitening": lambda: (whitening(4), [False] * 5, False),
     "composition": lambda: (
@@ -222,6 +225,7 @@ def test_a_molecular_flow_of_blocks_grows_linearly_and_is_rebuilt_from_its_confi
 
 def test_options_that_are_not_used_leave_no_trace_in_the_config():
     names = {"torsion_conditions", "neighbours", "spline_layers", "spline_bins", "spline_bound", "blocks", "reach"}
+    names.add("mixing")
     assert not names & molecular("spline").config().keys()
     assert names <= FLOWS["molecular, every option"]().config().keys()
     with pytest.raises(ValueError, match="stiff"):
@@ -324,6 +328,7 @@ FLOWS = {
         neighbours=[(0, 1), (1, 2), (2, 3)],
         spline_layers=2,
         spline_bins=4,
+        mixing=True,
     ),
 }
 

@@ -79,7 +79,7 @@ def test_exploration_turns_its_share_and_fades():
     flow, objective = molecular(), ReversePath(explore=0.4)
     for progress, share in ((0.0, 0.4), (0.5, 0.2), (1.0, 0.0)):
         step = Step(flow, Quiet(), None, 4000, progress, torch.Generator().manual_seed(1))
-        _, _, explored = objective._draw_torsions(flow, step)
+        _, explored = objective._draw_torsions(flow, step)
         assert abs(float(explored.float().mean()) - share) <= 4 * math.sqrt(share * (1 - share) / 4000)
 
 
@@ -93,7 +93,7 @@ def test_torsions_are_drawn_from_the_flattened_density():
     rare = []
     for seed in range(40):
         step = Step(flow, Quiet(), None, n, 0.0, torch.Generator().manual_seed(seed))
-        t, _, _ = objective._draw_torsions(flow, step)
+        t, _ = objective._draw_torsions(flow, step)
         rare.append(float((t[:, 0] < 0).float().mean()))
     # by successive draws: the share of what remains, weights 1 and 3
     left, expected = [3.0 * n, 1.0 * n], 0.0
@@ -112,7 +112,7 @@ def test_dead_regions_pay_more_and_more_and_clashes_little():
     slopes = []
     for progress in (0.0, 0.5, 1.0):
         log_w = start.clone().requires_grad_()
-        objective._log_variance(log_w, explored, progress).backward()
+        objective._log_variance(log_w, explored, torch.ones(10), progress).backward()
         slopes.append(9 * log_w.grad)  # nine are finite, the mean of those near the median is 0
     for slope, below in zip(slopes, (0.0, -1.0, -2.0), strict=True):
         assert torch.allclose(slope, torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -6.0, 6.0, 12.0, below, 0.0]))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 from small_runs import QUICK, Acting, cosine, equal, timeless, weights, well, well_data
 
+import openmm_bg as bg
 from openmm_bg.errors import InputError
+from openmm_bg.flows import MolecularFlow
 from openmm_bg.training import ForwardPath, LogVariance, MaximumLikelihood, ReversePath, Settings, Stage, Trainer
 
 EVERY = Settings(batch_size=16, validation_size=16, validate_every=1, warmup=0.0, ramp=0.0, learning_rate=1e-3)
@@ -26,6 +30,29 @@ def rates_of(result) -> list[float]:
 
 
 # -- rates
+
+
+def test_torsions_follow_the_rate_of_their_stage():
+    flow = MolecularFlow(7, [5, 6], {}, [], layers=2, hidden=8, torsion_hidden=8, seed=0)
+    data = 0.3 * torch.randn(100, 7, generator=torch.Generator().manual_seed(0))
+    moved = {}
+    for rate in (0.0, 0.1, 1.0):
+        generator = bg.BoltzmannGenerator(None, copy.deepcopy(flow))
+        generator._initialize(data)
+        before = weights(generator.flow)
+        stage = Stage("likelihood", 1, [(1.0, MaximumLikelihood())], torsion_rate=rate)
+        settings = Settings(batch_size=16, warmup=0.0, average=0.0, learning_rate=1e-3, dtype=torch.float64)
+        Trainer(generator, [stage], data, settings=settings, progress=False).run()
+        moved[rate] = {
+            k: float((v.double() - before[k].double()).abs().max()) for k, v in weights(generator.flow).items()
+        }
+    torsions = [name for name, _ in flow.named_parameters() if name.startswith("torsions.")]
+    stiff = [name for name, _ in flow.named_parameters() if not name.startswith("torsions.")]
+    for name in torsions:
+        assert moved[0.0][name] == 0
+        assert moved[0.1][name] == pytest.approx(0.1 * moved[1.0][name], rel=1e-2)
+    assert any(moved[1.0][name] > 0 for name in torsions)
+    assert all(moved[0.0][name] == moved[1.0][name] for name in stiff) and max(moved[0.0].values()) > 0
 
 
 @pytest.mark.parametrize("place", [None, 0, 1, 2])

@@ -1,0 +1,58 @@
+"""Torsions of recent steps and what was found there: a density of few dimensions learns from more than one batch."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Past(NamedTuple):
+    """Samples of earlier steps.
+
+    Attributes
+    ----------
+    torsions : Tensor, (n, torsions)
+    rest : Tensor, (n,)
+        The log-weight but for the torsions' density, ``-u - log q(y | t)``; NaN where there is none. Whatever
+        ``q(y | t)`` was then, the mean of its exponential is the target's density of the torsions.
+    log_q : Tensor, (n,)
+        The torsions' log-density when they were drawn.
+    """
+
+    torsions: Tensor
+    rest: Tensor
+    log_q: Tensor
+
+
+def recall(tensors: dict[str, Tensor], like: Tensor, size: int, n: int, generator: torch.Generator) -> Past:
+    """Some of the samples that ``tensors`` hold.
+
+    Parameters
+    ----------
+    tensors : dict of Tensor
+        An objective's; a ring of ``size`` samples without any value is made where it is wanted and there is none.
+    like : Tensor, (batch, torsions)
+    size, n : int
+        Samples held, and samples wanted; with replacement.
+    generator : torch.Generator
+    """
+    if not n:
+        return Past(like[:0], like.new_zeros(0), like.new_zeros(0))
+    if "past_rest" not in tensors or len(tensors["past_rest"]) != size:
+        nothing = like.new_full((size,), math.nan)
+        tensors |= {"past_torsions": like.new_zeros(size, like.shape[1]), "past_rest": nothing, "past_log_q": nothing}
+        tensors["past_next"] = torch.zeros(1, dtype=torch.long, device=like.device)
+    rows = torch.randint(size, (n,), generator=generator, device=like.device)
+    return Past(*(tensors[f"past_{name}"][rows] for name in Past._fields))
+
+
+def remember(tensors: dict[str, Tensor], new: Past) -> None:
+    """Put samples in the places of the oldest ones; new tensors, so that a step cut short can be undone."""
+    size = len(tensors["past_rest"])
+    rows = (tensors["past_next"] + torch.arange(len(new.rest), device=new.rest.device)) % size
+    for name, values in zip(Past._fields, new, strict=True):
+        tensors[f"past_{name}"] = tensors[f"past_{name}"].index_copy(0, rows, values)
+    tensors["past_next"] = (tensors["past_next"] + len(new.rest)) % size

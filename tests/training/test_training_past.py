@@ -1,0 +1,107 @@
+"""What earlier steps found: a ring that forgets the oldest, and the weight that it has in the log-variance."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from openmm_bg.flows import MolecularFlow
+from openmm_bg.training import ReversePath
+from openmm_bg.training.objectives import Step
+from openmm_bg.training.past import Past, recall, remember
+
+
+def batch(first: int, n: int = 4) -> Past:
+    number = torch.arange(first, first + n, dtype=torch.float64)
+    return Past(number[:, None].expand(-1, 2), number, -number)
+
+
+def test_the_ring_holds_the_newest_and_nothing_where_nothing_was():
+    tensors, random = {}, torch.Generator().manual_seed(0)
+    like = torch.zeros(4, 2, dtype=torch.float64)
+    assert recall(tensors, like, 12, 50, random).rest.isnan().all()
+    remember(tensors, batch(0))
+    held = recall(tensors, like, 12, 400, random)
+    assert set(held.rest[~held.rest.isnan()].tolist()) == {0, 1, 2, 3} and held.rest.isnan().any()
+    for first in (4, 8, 12):
+        remember(tensors, batch(first))
+    held = recall(tensors, like, 12, 400, random)
+    assert set(held.rest.tolist()) == set(range(4, 16))
+    assert torch.equal(held.torsions, held.rest[:, None].expand(-1, 2)) and torch.equal(held.log_q, -held.rest)
+
+
+def test_a_ring_is_never_written_in_place():
+    tensors, like = {}, torch.zeros(4, 2, dtype=torch.float64)
+    recall(tensors, like, 12, 1, torch.Generator())
+    before = dict(tensors)
+    remember(tensors, batch(0))
+    assert before["past_rest"].isnan().all() and int(before["past_next"]) == 0
+    assert all(tensors[name] is not before[name] for name in before)
+
+
+class Turned:
+    """A target whose stiff coordinates are the flow's own given torsions, which themselves want another density."""
+
+    evaluations = 0
+
+    def __init__(self, flow):
+        self.flow = flow
+
+    def value_and_gradient(self, q):
+        leaf = q.detach().requires_grad_()
+        t, y = self.flow.chart.split(leaf)
+        u = -self.flow.log_prob_stiff(y, t) - 0.5 * torch.cos(t[:, 0])
+        return u.detach(), torch.autograd.grad(u.sum(), leaf)[0]
+
+
+@pytest.fixture
+def flow() -> MolecularFlow:
+    flow = MolecularFlow(7, [5, 6], {}, [], layers=2, hidden=8, torsion_hidden=8).double()
+    flow.initialize(0.3 * torch.randn(100, 7, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        for parameter in flow.torsions.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return flow
+
+
+@pytest.mark.parametrize("gain", [-0.7, 0.4, 2.0])
+def test_the_log_variance_counts_the_past_as_it_would_be_drawn_now(flow, gain):
+    """By hand, for a past of one point alone: its log-weight is today's, its share is q now over q then, e at most."""
+    random, n = torch.Generator().manual_seed(3), 16
+    objective = ReversePath(power=0.0, explore=0.0, temper=0.0, memory=2, recall=1)
+    step = Step(flow, Turned(flow), None, n, 0.0, random)
+    objective(step)
+    first = objective.tensors["past_rest"][:n]
+    # the flow's own stiff coordinates are exact, so what is left of the weight is what the torsions want
+    expected = 0.5 * torch.cos(objective.tensors["past_torsions"][:n, 0])
+    torch.testing.assert_close(first - first.mean(), expected - expected.mean(), rtol=0, atol=1e-9)
+
+    point = torch.tensor([0.1, -0.2], dtype=torch.float64)
+    now = flow.log_prob_torsions(point[None]).detach()
+    objective.tensors |= {
+        "past_torsions": point.expand(2 * n, 2).clone(),
+        "past_rest": torch.full((2 * n,), 0.9, dtype=torch.float64),
+        "past_log_q": (now - gain).expand(2 * n).clone(),
+        "past_next": torch.zeros(1, dtype=torch.long),
+    }
+    _, numbers = objective(step)
+    t, rest = objective.tensors["past_torsions"][:n], objective.tensors["past_rest"][:n]
+    log_w = torch.cat([rest - flow.log_prob_torsions(t).detach(), (0.9 - now).expand(n)])
+    share = torch.tensor([1.0] * n + [math.exp(min(gain, 1.0))] * n, dtype=torch.float64)
+    mean = (share * log_w).sum() / share.sum()
+    variance = (share * (log_w - mean) ** 2).sum() / share.sum()
+    assert float(numbers["log_variance"]) == pytest.approx(float(variance), rel=1e-9)
+
+
+def test_without_memory_the_past_is_silent(flow):
+    losses = []
+    for options in ({"memory": 0}, {"recall": 0}):
+        objective, random = ReversePath(explore=0.0, **options), torch.Generator().manual_seed(3)
+        losses.append([])
+        for _ in range(3):
+            losses[-1].append(objective(Step(flow, Turned(flow), None, 16, 0.0, random))[0].item())
+            objective.advance()
+        assert "past_rest" not in objective.tensors
+    assert losses[0] == losses[1] and all(math.isfinite(loss) for loss in losses[0])
