@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from openmm_bg.errors import InputError
 from openmm_bg.flows.base import Transform, permute, wrap
 from openmm_bg.flows.local import Surroundings
 from openmm_bg.flows.networks import fourier_features, perceptron
@@ -35,8 +36,22 @@ def scale_and_shift(raw: Tensor) -> tuple[Tensor, Tensor]:
     return 4 * torch.sigmoid(s) - 2, shift
 
 
+def _refuse_other_halves(coupling: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    # the networks and their inputs were laid out for the halves that were drawn: no weights can change those
+    for name, built in coupling.named_buffers(recurse=False):
+        loaded = state.get(prefix + name)
+        if loaded is not None and not torch.equal(loaded.cpu(), built.cpu()):
+            raise InputError(
+                f"These weights are of a flow whose coupling {prefix.rstrip('.') or 'layer'} moves other dimensions; "
+                "load them into a flow with the config() of the one they were taken from, its seed included."
+            )
+
+
 class _Coupling(Transform):
-    """Cuts vectors into the moved and the kept dimensions, a sample per column, and joins them again."""
+    """Cuts vectors into the moved and the kept dimensions, a sample per column, and joins them again.
+
+    Weights of a coupling with other halves are refused with an InputError.
+    """
 
     together: Tensor
     restore: Tensor
@@ -44,6 +59,7 @@ class _Coupling(Transform):
     def __init__(self, dimension: int, context_dimension: int, moved: int):
         super().__init__(dimension, context_dimension)
         self._sizes_of_parts = [moved, dimension - moved]
+        self.register_load_state_dict_pre_hook(_refuse_other_halves)
 
     def _parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return permute(z.T, self.together, self.restore, 0).split(self._sizes_of_parts)
