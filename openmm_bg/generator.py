@@ -1,13 +1,7 @@
 """The Boltzmann generator: an energy, internal coordinates and a flow, with one exact density.
 
-The density of a conformation x is that of its shape: Lebesgue measure in R^3N modulo rigid motion, and on the
-constraint manifold where bonds are constrained::
-
-    log_prob(x) = log q(q(x)) - log J(q(x)) - 1/2 log det Z(x)
-
-with q the mixture ``(1 - defensive) flow + defensive * broadened flow``. The second part has heavy tails in every
-coordinate and keeps the largest p/q, which is what an independence sampler lives by, within bounds where the flow has
-a hole.
+The density is :mod:`openmm_bg.generator_density`'s; here are the energy that it is weighed with, the molecule and the
+file.
 """
 
 from __future__ import annotations
@@ -22,13 +16,14 @@ import numpy as np
 import openmm
 import torch
 from openmm import app
-from torch import Tensor, nn
+from torch import Tensor
 
 from openmm_bg import generator_file
-from openmm_bg.coordinates import Frame, InternalCoordinates, ZMatrix, half_turns_from
+from openmm_bg.coordinates import InternalCoordinates, ZMatrix
 from openmm_bg.energies import Energy, ForceFieldEnergy
 from openmm_bg.errors import InputError
 from openmm_bg.flows import Flow, MolecularFlow
+from openmm_bg.generator_density import CHUNK, ShapeDensity
 from openmm_bg.generator_molecule import (
     constraint_distances,
     harmonic_scales,
@@ -36,8 +31,6 @@ from openmm_bg.generator_molecule import (
     molecular_flow,
 )
 from openmm_bg.units import nanometers
-
-_CHUNK = 16384
 
 
 @dataclass
@@ -66,7 +59,7 @@ class Samples:
         return len(self.positions)
 
 
-class BoltzmannGenerator(nn.Module):
+class BoltzmannGenerator(ShapeDensity):
     """An invertible network that proposes conformations together with their exact probability density.
 
     Parameters
@@ -106,16 +99,8 @@ class BoltzmannGenerator(nn.Module):
         topology: app.Topology | None = None,
         defensive: float = 0.005,
     ):
-        super().__init__()
-        if not 0 <= defensive < 1:
-            raise InputError(f"defensive must be at least 0 and below 1, not {defensive}.")
-        if not isinstance(flow, Flow):
-            raise InputError(f"flow must be a Flow of openmm_bg.flows, not {flow!r}.")
-        if coordinates is not None and coordinates.dimension != flow.dimension:
-            raise InputError(
-                f"The flow has {flow.dimension} dimensions, but the coordinates have {coordinates.dimension}."
-            )
-        shape = (flow.dimension,) if coordinates is None else (coordinates.num_atoms, 3)
+        super().__init__(flow, coordinates, defensive)
+        shape = self._event_shape
         if energy is not None and tuple(energy.event_shape) != shape:
             raise InputError(f"The energy takes points of shape {tuple(energy.event_shape)}, but samples have {shape}.")
         if topology is not None and coordinates is not None and topology.getNumAtoms() != coordinates.num_atoms:
@@ -123,10 +108,7 @@ class BoltzmannGenerator(nn.Module):
                 f"The topology has {topology.getNumAtoms()} atoms, but the coordinates have {coordinates.num_atoms}."
             )
         self.energy = energy
-        self.flow = flow.double()
-        self.coordinates = None if coordinates is None else coordinates.double()
         self.topology = topology
-        self.defensive = float(defensive)
         self.provenance: dict[str, Any] = {}
         self.eval()
 
@@ -191,6 +173,17 @@ class BoltzmannGenerator(nn.Module):
             generator._inform_at(reference)
         return generator
 
+    def _inform_at(self, reference: np.ndarray) -> None:
+        x = torch.as_tensor(reference)[None]
+        q, log_volume = self.coordinates(x)
+        if not torch.isfinite(log_volume).all():
+            raise InputError(
+                "The positions do not satisfy the System's constraints or hold collinear or coincident atoms; "
+                "minimise them first."
+            )
+        if isinstance(self.flow, MolecularFlow):
+            self.flow.initialize_at(q[0], harmonic_scales(self.coordinates, self.system, self.temperature))
+
     # -- what it is about
 
     @property
@@ -203,88 +196,7 @@ class BoltzmannGenerator(nn.Module):
         """K; None for analytic densities."""
         return self.energy.temperature if isinstance(self.energy, ForceFieldEnergy) else None
 
-    @property
-    def num_atoms(self) -> int | None:
-        return None if self.coordinates is None else self.coordinates.num_atoms
-
-    @property
-    def informed(self) -> bool:
-        """Whether chirality and scales are known, so that samples make sense."""
-        return bool(getattr(self.flow, "informed", True))
-
-    def inform(self, positions: Any) -> None:
-        """Learn centres, scales and chirality from conformations ``(n, atoms, 3)`` in nm; trained weights stay.
-
-        Called by ``fit`` before maximum likelihood. The first usable conformation decides chirality and hydrogen labels
-        where nothing has yet.
-
-        Raises
-        ------
-        InputError
-            If no conformation is one of this molecule, or if there are too few to measure covariances.
-        """
-        x = self._batch(positions)
-        if self.coordinates is not None and not self.informed:
-            self._handed_as(x)
-        self._initialize(self._shapes(x)[0])
-
-    def _handed_as(self, x: Tensor) -> None:
-        """Take chirality and hydrogen labels from the first conformation that has a shape."""
-        usable = torch.cat([torch.isfinite(self.coordinates(part)[1]) for part in x.split(_CHUNK)])
-        if usable.any():
-            settings = self.coordinates.config()
-            reference = x[usable.nonzero()[0, 0]].numpy()
-            settings["half_turns"] = half_turns_from(self.coordinates.zmatrix, reference).tolist()
-            self.coordinates = InternalCoordinates.from_config(settings)
-
-    def _shapes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The coordinates of the flow, ``(m, dimension)``, of the conformations that lie in the support, and which."""
-        if len(x) == 0:
-            raise InputError("The data hold zero conformations.")
-        if self.coordinates is None:
-            inside = torch.isfinite(x).all(-1)
-            q = x[inside]
-        else:
-            q, log_volume = (
-                torch.cat(column) for column in zip(*(self.coordinates(part) for part in x.split(_CHUNK)), strict=True)
-            )
-            inside = torch.isfinite(log_volume)
-            q = q[inside]
-        if len(q) == 0:
-            raise InputError(
-                "No conformation of the data is finite and has the chirality, hydrogen labels and constrained bond "
-                "lengths of this generator; check that data and generator are of the same molecule."
-            )
-        return q, inside
-
-    def _initialize(self, q: Tensor) -> None:
-        if not isinstance(self.flow, MolecularFlow):
-            return
-        if len(q) <= self.flow.dimension:
-            raise InputError(
-                f"{len(q)} usable conformations cannot tell the covariance of {self.flow.dimension} coordinates; give "
-                "more of them, or give positions to for_molecule and train on the energy alone."
-            )
-        self.flow.initialize(q)
-
-    def _inform_at(self, reference: np.ndarray) -> None:
-        x = torch.as_tensor(reference)[None]
-        q, log_volume = self.coordinates(x)
-        if not torch.isfinite(log_volume).all():
-            raise InputError(
-                "The positions do not satisfy the System's constraints or hold collinear or coincident atoms; "
-                "minimise them first."
-            )
-        if isinstance(self.flow, MolecularFlow):
-            self.flow.initialize_at(q[0], harmonic_scales(self.coordinates, self.system, self.temperature))
-
-    def _check_informed(self) -> None:
-        if not self.informed:
-            raise InputError(
-                "This generator knows neither chirality nor scales yet; give positions to for_molecule, or fit it."
-            )
-
-    # -- densities
+    # -- draws and weights
 
     def sample(self, n: int, *, seed: int | None = None, generator: torch.Generator | None = None) -> Samples:
         """``n`` independent draws with density, energy and weight.
@@ -314,59 +226,6 @@ class BoltzmannGenerator(nn.Module):
             parts.append((x, log_prob, energy, weights))
         return Samples(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    @torch.no_grad()
-    def sample_internal(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``n`` draws of internal coordinates and their final log-density: ``(n, dimension)`` and ``(n,)``.
-
-        The density does not depend on where a shape is placed. Draws outside the support have -inf.
-        """
-        self._check_informed()
-        broad = int((torch.rand(n, generator=generator) < self.defensive).sum())
-        parts = [
-            self.flow.sample(size, generator, broadened=broadened)[0]
-            for size, broadened in ((n - broad, False), (broad, True))
-            if size
-        ]
-        q = torch.cat(parts) if parts else torch.empty(0, self.flow.dimension, dtype=torch.float64)
-        q = q[torch.randperm(n, generator=generator)]
-        log_q = self._log_mixture(q)
-        if self.coordinates is None:
-            return q, log_q
-        _, log_volume = self.coordinates.inverse(q)
-        return q, torch.where(torch.isfinite(log_volume), log_q - log_volume, -math.inf)
-
-    @torch.no_grad()
-    def log_prob(self, x: Tensor | np.ndarray) -> Tensor:
-        """Log-density of conformations, float64.
-
-        Parameters
-        ----------
-        x : Tensor, array or Quantity, (n, atoms, 3) or (atoms, 3)
-            nm; ``(n, dimension)`` for a generator without coordinates.
-
-        Returns
-        -------
-        Tensor, (n,)
-            -inf outside the support: other chirality or hydrogen labels, broken constraints, values that are not
-            finite.
-        """
-        self._check_informed()
-        x = self._batch(x)
-        return torch.cat([self._log_prob(part) for part in x.split(_CHUNK)]) if len(x) else x.new_zeros(0)
-
-    def _log_prob(self, x: Tensor) -> Tensor:
-        if self.coordinates is None:
-            return self._log_mixture(x)
-        q, log_volume = self.coordinates(x)
-        inside = torch.isfinite(log_volume)
-        return torch.where(inside, self._log_mixture(q) - log_volume, -math.inf)
-
-    def _log_mixture(self, q: Tensor) -> Tensor:
-        plain, broad = self.flow.log_probs(q)
-        if self.defensive == 0:
-            return plain
-        return torch.logaddexp(plain + math.log1p(-self.defensive), broad + math.log(self.defensive))
-
     def log_weights(self, x: Tensor | np.ndarray) -> Tensor:
         """``-u(x) - log_prob(x)`` of given conformations, ``(n,)``: the log of p/q up to the constant log Z."""
         if self.energy is None:
@@ -374,34 +233,8 @@ class BoltzmannGenerator(nn.Module):
         x = self._batch(x)
         log_prob = self.log_prob(x)
         with torch.no_grad():
-            energy = torch.cat([self.energy(part) for part in x.split(_CHUNK)])
+            energy = torch.cat([self.energy(part) for part in x.split(CHUNK)])
         return torch.where(torch.isfinite(energy), -energy - log_prob, -math.inf)
-
-    def _batch(self, x: Tensor | np.ndarray) -> Tensor:
-        if self.coordinates is None:
-            shape: tuple[int, ...] = (self.flow.dimension,)
-        else:
-            shape = (self.num_atoms, 3)
-        # torch would drop the unit of a Quantity without a word
-        x = torch.as_tensor(x if isinstance(x, Tensor) else np.ascontiguousarray(nanometers(x)), dtype=torch.float64)
-        if x.shape == shape:
-            x = x[None]
-        if x.shape[1:] != shape:
-            raise InputError(
-                f"Conformations must have the shape (n, {', '.join(map(str, shape))}), not {tuple(x.shape)}."
-            )
-        return x
-
-    # -- placing shapes in space
-
-    def frame(self, x: Tensor | np.ndarray) -> Frame | None:
-        """Where conformations stand: the frame of their seed atoms; None for a generator without coordinates."""
-        return None if self.coordinates is None else self.coordinates.frame(self._batch(x))
-
-    @torch.no_grad()
-    def place(self, q: Tensor, frame: Frame | None = None) -> Tensor:
-        """Conformations of internal coordinates, in ``frame`` or the standard one: ``(n, atoms, 3)`` nm."""
-        return q if self.coordinates is None else self.coordinates.inverse(q, frame)[0]
 
     # -- matching a simulation
 
@@ -517,7 +350,7 @@ def _random(seed: int | None, generator: torch.Generator | None) -> torch.Genera
 def _chunks(n: int) -> list[int]:
     if n < 1:
         raise InputError(f"The number of samples must be at least 1, not {n}.")
-    return [min(_CHUNK, n - start) for start in range(0, n, _CHUNK)]
+    return [min(CHUNK, n - start) for start in range(0, n, CHUNK)]
 
 
 def _reference(positions: Any, atoms: int) -> np.ndarray:
