@@ -1,6 +1,7 @@
 """The whole job as a few readable steps: prepare, simulate, train, sample, compare, report."""
 
-from openmm_bg.workflow.run import STEPS, Run, generator_for, versions
+from openmm_bg.workflow.record import STEPS, versions
+from openmm_bg.workflow.run import Run, generator_for
 from openmm_bg.workflow.settings import RunSettings
 from openmm_bg.workflow.source import load_molecule
 

@@ -10,22 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openmm
-import torch
 from openmm import app, unit
 from tqdm.auto import tqdm
 
@@ -42,17 +37,12 @@ from openmm_bg.workflow import page
 from openmm_bg.workflow.data import TIMESTEP, exchange, settle
 from openmm_bg.workflow.diagnosis import diagnose_generator
 from openmm_bg.workflow.material import Material
+from openmm_bg.workflow.record import LOCK, STEPS, locked, new_record, read_record, write_record
 from openmm_bg.workflow.results import Results, headline, measure
 from openmm_bg.workflow.settings import RunSettings
 from openmm_bg.workflow.source import canonical, is_file, is_sequence, load_molecule
 
-STEPS = ("prepare", "simulate", "train", "sample", "compare", "report")
-_LOCK = ".lock"
 _LOOK = 20_000  # draws by which a generator is judged when it is trained
-_RECORD = {
-    "source": str, "name": str, "description": str, "forcefield": list, "temperature": (int, float), "atoms": int,
-    "settings": dict, "command": str, "versions": dict, "begun": list, "steps": dict,
-}  # fmt: skip
 
 
 class Run:
@@ -128,25 +118,12 @@ class Run:
         settings = settle(settings, molecule, generator_for(molecule, settings))
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; name a folder for the run.")
-        if folder.exists() and any(entry.name != _LOCK for entry in folder.iterdir()):
+        if folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
             hint = "continue the run it holds with --resume" if (folder / "run.json").exists() else "empty it"
             raise InputError(f"{folder} is not empty; choose another folder, or {hint}. Nothing was changed.")
-        record = {
-            "openmm_bg": __version__,
-            "source": canonical(source),
-            "name": molecule.name,
-            "description": molecule.description,
-            "forcefield": list(molecule.forcefield),
-            "temperature": molecule.temperature,
-            "atoms": molecule.num_atoms,
-            "settings": dataclasses.asdict(settings),
-            "command": command,
-            "versions": versions(),
-            "begun": [],
-            "steps": {},
-        }
+        record = new_record(source, molecule, settings, command)
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
             run = cls(folder, record, say=say, progress=progress)
             run._built = molecule
             run._write()
@@ -157,22 +134,8 @@ class Run:
     def open(cls, folder: Any, *, say: Callable[[str], None] = print, progress: bool = True) -> Iterator[Run]:
         """Open the folder of a run that was begun before."""
         folder = Path(folder)
-        try:
-            record = json.loads((folder / "run.json").read_text())
-            missing = [name for name, kind in _RECORD.items() if not isinstance(record[name], kind)]
-            if missing or not set(record["steps"]) <= set(STEPS):
-                raise TypeError(f"{', '.join(missing) or 'steps'} is not what it should be")
-            if {field.name for field in dataclasses.fields(RunSettings)} - record["settings"].keys():
-                raise TypeError("its settings are not those of this version; begin another run")
-            run = cls(folder, record, say=say, progress=progress)
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{folder} holds no run; begin one with `openmm-bg run`.") from None
-        except KeyError as error:
-            raise InputError(f"{folder / 'run.json'} is damaged: {error} is missing.") from None
-        except (ValueError, TypeError) as error:
-            reason = str(error).rstrip(".")
-            raise InputError(f"{folder / 'run.json'} is not the record of a run, or it is damaged: {reason}.") from None
-        with _locked(folder):
+        run = cls(folder, read_record(folder), say=say, progress=progress)
+        with locked(folder):
             yield run
 
     def _check_same(self, source: str, settings: RunSettings | None, forcefield: tuple[str, ...] | None) -> None:
@@ -216,7 +179,7 @@ class Run:
         return step in self.record["steps"]
 
     def _write(self) -> None:
-        write_atomically(self.path("run.json"), json.dumps(self.record, indent=2).encode())
+        write_record(self.folder, self.record)
 
     def _finish(self, step: str, started: float, numbers: dict[str, Any]) -> None:
         seconds = round(time.perf_counter() - started, 1)
@@ -451,29 +414,5 @@ def generator_for(molecule: Molecule, settings: RunSettings) -> BoltzmannGenerat
     )  # fmt: skip
 
 
-def versions() -> dict[str, str]:
-    """What a reader needs to know to repeat a run."""
-    return {
-        "openmm_bg": __version__,
-        "openmm": openmm.Platform.getOpenMMVersion(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "mdtraj": metadata.version("mdtraj"),
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-
-
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of the folder."""
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder} is in use by another run; wait for it, or choose another folder.") from None
-        yield
