@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,18 @@ from openmm_bg.app.matching import Constraints, check_constraints, has_virtual_s
 from openmm_bg.app.walker import ALL_GROUPS, ContextWalker, snapshot
 from openmm_bg.errors import InputError
 from openmm_bg.generator import BoltzmannGenerator
-from openmm_bg.sampling.metropolis import IndependenceProposals
+from openmm_bg.sampling.latent_moves import LatentProposals
+from openmm_bg.sampling.proposals import IndependenceProposals, Proposals
+from openmm_bg.sampling.two_stage import potential_of
 
 __all__ = ["BoltzmannGeneratorMove"]
 
 # Keys that keep two kinds of derived random streams apart.
 _COPY, _CONTINUED = 0, 1
+
+_COUNTERS = (
+    "n_accepted", "n_proposed", "n_refused", "n_latent_accepted", "n_latent_proposed", "n_tried", "n_moved",
+)  # fmt: skip
 
 _generators: weakref.WeakValueDictionary[str, BoltzmannGenerator] = weakref.WeakValueDictionary()
 
@@ -64,6 +70,15 @@ class BoltzmannGeneratorMove(mcmc.MCMCMove):
         seeds of its own.)
     atom_subset : list of int, optional
         Particle of each atom of the generator; None if the generator's molecule is the whole System.
+    two_stage : bool
+        Try all proposals on the generator's own energy, in one batch, and evaluate the energy of the thermodynamic
+        state where that chain ends only; exact for any generator, see
+        :class:`~openmm_bg.BoltzmannGeneratorSampler`, which takes other cheap energies as well: what a move holds must
+        fit into a storage file.
+    latent_share : float
+        Share of the proposals that are small steps in the latent space of the flow, 0 to 1.
+    latent_step : float
+        Their length, between 0 and 1. A move does not adapt it; find it with a sampler.
     directory : path, optional
         Where a generator that was not given as a file is stored when the move is copied or stored: as
         ``<sha256>.bg``, written once. It must still be there when a simulation is resumed. By default
@@ -73,7 +88,11 @@ class BoltzmannGeneratorMove(mcmc.MCMCMove):
     ----------
     n_accepted, n_proposed, n_refused : int
         Attempts accepted; all attempts; those refused because the generator could not have made the current
-        conformation.
+        conformation. With two stages all proposals of one kind in an application are one attempt.
+    n_latent_accepted, n_latent_proposed : int
+        Those among them that were steps in latent space.
+    n_tried, n_moved : int
+        Proposals, and those accepted; on the generator's own energy, where it decides first.
 
     Notes
     -----
@@ -90,13 +109,19 @@ class BoltzmannGeneratorMove(mcmc.MCMCMove):
         seed: int | None = None,
         atom_subset: Sequence[int] | None = None,
         directory: str | os.PathLike[str] | None = None,
+        two_stage: bool = False,
+        latent_share: float = 0.0,
+        latent_step: float = 0.2,
     ):
         super().__init__()
         if isinstance(n_proposals, bool) or not isinstance(n_proposals, (int, np.integer)) or n_proposals < 1:
             raise InputError(f"n_proposals must be a positive whole number, not {n_proposals!r}.")
+        if not 0 <= latent_share <= 1:
+            raise InputError(f"latent_share must lie between 0 and 1, not at {latent_share}.")
         self.n_proposals = int(n_proposals)
         self.atom_subset = None if atom_subset is None else [int(i) for i in atom_subset]
-        self.n_accepted = self.n_proposed = self.n_refused = 0
+        self.two_stage, self.latent_share, self.latent_step = bool(two_stage), float(latent_share), float(latent_step)
+        self._set_counters({})
         if isinstance(generator, (str, os.PathLike)):
             self._path = Path(generator).absolute()
             self._generator = BoltzmannGenerator.load(self._path)
@@ -109,6 +134,8 @@ class BoltzmannGeneratorMove(mcmc.MCMCMove):
             self._path = folder / f"{self._fingerprint}.bg"
             self._stored = False
         self._generator = _generators.setdefault(self._fingerprint, self._generator)
+        if self.two_stage and self._generator.energy is None:
+            raise InputError("two_stage=True needs a generator with an energy; this one has none.")
         self._start_stream(secrets.randbits(128) if seed is None else int(seed), ())
 
     @property
@@ -119,7 +146,7 @@ class BoltzmannGeneratorMove(mcmc.MCMCMove):
     @property
     def statistics(self) -> dict[str, int]:
         """Counters as a dict."""
-        return {"n_accepted": self.n_accepted, "n_proposed": self.n_proposed, "n_refused": self.n_refused}
+        return {name: getattr(self, name) for name in _COUNTERS}
 
     @statistics.setter
     def statistics(self, value: dict[str, int]) -> None:
@@ -127,8 +154,12 @@ class BoltzmannGeneratorMove(mcmc.MCMCMove):
         if n_proposed != self.n_proposed:
             # Another process applied its copy of this move; do not repeat the numbers it used.
             self._start_stream(self._entropy, (*self._key, _CONTINUED, n_proposed))
-        self.n_proposed = n_proposed
-        self.n_accepted, self.n_refused = int(value["n_accepted"]), int(value["n_refused"])
+        self._set_counters(value)
+
+    def _set_counters(self, values: Mapping[str, Any]) -> None:
+        # a storage file of an earlier version lacks those that came later
+        for name in _COUNTERS:
+            setattr(self, name, int(values.get(name, 0)))
 
     def apply(self, thermodynamic_state: Any, sampler_state: Any, context_cache: Any = None) -> None:
         """Try `n_proposals` conformations; `sampler_state` is changed if one is accepted.
@@ -149,22 +180,30 @@ class BoltzmannGeneratorMove(mcmc.MCMCMove):
         sampler_state.apply_to_context(context, ignore_velocities=True)
         atoms, constraints, virtual_sites = self._fit(context)
         temperature = thermodynamic_state.temperature.value_in_unit(unit.kelvin)
+        series: list[tuple[Proposals, int]] = [(self._proposals, self.n_proposals)]
+        if self._latent is not None:
+            steps = int(self._random.binomial(self.n_proposals, self.latent_share))
+            series = [(self._proposals, self.n_proposals - steps), (self._latent, steps)]
         walker = ContextWalker(
             context,
-            self._proposals,
+            series,
             temperature=temperature,
             rng=self._random,
-            count=self.n_proposals,
+            potential=self._potential,
             atoms=atoms,
             groups=ALL_GROUPS,
             virtual_sites=virtual_sites,
             constraints=constraints,
         )
-        for _ in range(self.n_proposals):
+        while not walker.finished:
             attempt = walker.attempt()
             self.n_proposed += 1
             self.n_accepted += attempt.accepted
             self.n_refused += attempt.refused
+            self.n_latent_proposed += attempt.kind == "latent"
+            self.n_latent_accepted += attempt.kind == "latent" and attempt.accepted
+            self.n_tried += attempt.tried
+            self.n_moved += attempt.moved
         if walker.accepted:
             context.setVelocitiesToTemperature(temperature, int(self._random.integers(1, 2**31 - 1)))
             sampler_state.update_from_context(context)
@@ -178,6 +217,9 @@ class BoltzmannGeneratorMove(mcmc.MCMCMove):
             "generator_sha256": self._fingerprint,
             "n_proposals": self.n_proposals,
             "atom_subset": None if self.atom_subset is None else list(self.atom_subset),
+            "two_stage": self.two_stage,
+            "latent_share": self.latent_share,
+            "latent_step": self.latent_step,
             # As text: storage formats cut long integers.
             "seed": str(self._entropy),
             "stream": list(child),
@@ -192,15 +234,16 @@ class BoltzmannGeneratorMove(mcmc.MCMCMove):
         self.n_proposals = int(serialization["n_proposals"])
         subset = serialization["atom_subset"]
         self.atom_subset = None if subset is None else [int(i) for i in subset]
-        self.n_accepted = int(serialization["n_accepted"])
-        self.n_proposed = int(serialization["n_proposed"])
-        self.n_refused = int(serialization["n_refused"])
+        self.two_stage = bool(serialization.get("two_stage", False))
+        self.latent_share = float(serialization.get("latent_share", 0.0))
+        self.latent_step = float(serialization.get("latent_step", 0.2))
+        self._set_counters(serialization)
         self._start_stream(int(serialization["seed"]), tuple(int(k) for k in serialization["stream"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoltzmannGeneratorMove:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        own = ("_proposals", "_random", "_checked")
+        own = ("_proposals", "_latent", "_potential", "_random", "_checked")
         new.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
         new.atom_subset = None if self.atom_subset is None else list(self.atom_subset)
         new._start_stream(self._entropy, (*self._key, _COPY, self._copies))
@@ -220,9 +263,13 @@ class BoltzmannGeneratorMove(mcmc.MCMCMove):
         """Begin the random stream that seed and key name, with an empty queue."""
         self._entropy, self._key, self._copies = entropy, key, 0
         self._checked: weakref.WeakKeyDictionary[openmm.Context, Any] = weakref.WeakKeyDictionary()
-        state = np.random.SeedSequence(entropy, spawn_key=key).generate_state(4, np.uint64)
-        self._random = np.random.default_rng(state[1:])
+        state = np.random.SeedSequence(entropy, spawn_key=key).generate_state(5, np.uint64)
+        self._random = np.random.default_rng(state[1:4])
         self._proposals = IndependenceProposals(self._generator, int(state[0] >> np.uint64(1)))
+        self._latent = None
+        if self.latent_share > 0:
+            self._latent = LatentProposals(self._generator, int(state[4] >> np.uint64(1)), self.latent_step)
+        self._potential = potential_of(self._generator.energy, self._generator) if self.two_stage else None
 
     def _store(self) -> None:
         """Make sure that the generator's file exists."""

@@ -38,25 +38,40 @@ def cut_back(path: str | os.PathLike[str], length: int) -> None:
 class AttemptLog:
     """One line per attempted move, comma-separated under a quoted header, numbers in full precision.
 
+    A log of nothing but independent attempts is a table of numbers. Others have three more columns at the end: the kind
+    of move and how many proposals it tried and accepted, which is more than one on the cheap energy of two stages.
+
     Parameters
     ----------
     file : path or text file
         A path is written anew; an open file is written to as it is, and never closed.
     length : int, optional
         Continue a file that had this many bytes when the checkpoint was written.
+    header : bool
+        Whether a file that is not continued begins with a header.
+    kinds : bool
+        Write the three columns.
     """
 
     HEADER = (
         '"Step","Iteration","Accepted","Refused","Potential Energy (kJ/mole)","Proposed Potential Energy (kJ/mole)",'
         '"Log Probability","Proposed Log Probability","Log Acceptance"'
     )
+    KINDS = ',"Move","Tried","Moved"'
 
-    def __init__(self, file: str | os.PathLike[str] | TextIO, length: int | None = None, header: bool = True):
+    def __init__(
+        self,
+        file: str | os.PathLike[str] | TextIO,
+        length: int | None = None,
+        header: bool = True,
+        kinds: bool = False,
+    ):
+        self._kinds = kinds
         self._file = Path(file) if isinstance(file, (str, os.PathLike)) else file
         if isinstance(self._file, Path) and length is not None:
             cut_back(self._file, length)
         elif header:
-            self._append(self.HEADER + "\n")
+            self._append(self.HEADER + (self.KINDS if kinds else "") + "\n")
 
     @property
     def length(self) -> int | None:
@@ -66,7 +81,9 @@ class AttemptLog:
     def write(self, iteration: int, attempts: Sequence[Attempt]) -> None:
         """Append the attempts of one iteration."""
         rows = (
-            f"{a.step},{iteration},{int(a.accepted)},{int(a.refused)}," + ",".join(repr(float(v)) for v in a[3:])
+            f"{a.step},{iteration},{int(a.accepted)},{int(a.refused)},"
+            + ",".join(repr(float(v)) for v in a[3:8])
+            + (f",{a.kind},{a.tried},{a.moved}" if self._kinds else "")
             for a in attempts
         )
         self._append("".join(row + "\n" for row in rows))

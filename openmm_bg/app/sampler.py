@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -13,15 +12,18 @@ import openmm
 from numpy.typing import NDArray
 from openmm import app, unit
 
+from openmm_bg.app.checkpoint import load_checkpoint, save_checkpoint
 from openmm_bg.app.matching import check_constraints, check_molecule, has_virtual_sites, particle_indices
 from openmm_bg.app.output import AttemptLog, IterationTrajectory, refuse_existing
 from openmm_bg.app.walker import ContextWalker, snapshot
+from openmm_bg.energies import Energy
 from openmm_bg.errors import InputError
-from openmm_bg.sampling.dynamics import load_arrays, save_arrays
-from openmm_bg.sampling.metropolis import Attempt, IndependenceProposals
+from openmm_bg.sampling.adaptation import Adaptation, proposals_needed
+from openmm_bg.sampling.latent_moves import LatentProposals
+from openmm_bg.sampling.metropolis import Attempt, MoveStatistics
+from openmm_bg.sampling.proposals import IndependenceProposals
+from openmm_bg.sampling.two_stage import potential_of
 from openmm_bg.units import kelvin
-
-CHECKPOINT_FORMAT = 1
 
 
 class BoltzmannGeneratorSampler:
@@ -43,13 +45,13 @@ class BoltzmannGeneratorSampler:
 
     Create a Simulation in the normal way, set its positions, and create the sampler:
 
-    >>> sampler = BoltzmannGeneratorSampler(generator, simulation, stepsPerIteration=500)
+        sampler = BoltzmannGeneratorSampler(generator, simulation, stepsPerIteration=500)
 
     Then call simulation.step() as usual. The sampler adds a reporter to the simulation that makes the moves
     as it runs.
 
-    >>> simulation.step(100000)
-    >>> print(sampler.acceptanceRate)
+        simulation.step(100000)
+        print(sampler.acceptanceRate)
 
     What a move changes. The seed atoms' frame stays where it is (the position of one atom and the
     orientation of the first angle), which is what makes the move exact in a box, in solvent and next to
@@ -63,6 +65,24 @@ class BoltzmannGeneratorSampler:
     Every such frame is a fair sample. Use `trajectoryFile`, or a function in `reporters`, for the
     conformations right after the moves.
 
+    Two stages. Where an energy evaluation in the Context is dear, pass a cheap `energy` V of the molecule alone, such
+    as generator.energy. All proposals of an iteration are then tried on V, in one batch, and only the conformation
+    where that chain ends is evaluated in the Context and accepted with probability min(1, alpha),
+
+        log alpha = -((U - V)(x') - (U - V)(x)) / kT.
+
+    This is exact for any V. A V close to U makes hundreds of proposals cost as much as one; with solvent or restraints
+    U - V is what they add.
+
+    Latent moves. A molecule for which few whole conformations are accepted may still take small steps in the latent
+    space of its flow: `latentShare` is the share of the proposals that are such steps of length `latentStep`. They are
+    accepted by the rule above, log_prob being the density of the flow at the two ends.
+
+    Adaptation. During the first `adaptationIterations` iterations the sampler learns the length of the latent steps
+    (for an acceptance of 1/4) and the number of proposals (so that an iteration moves the molecule with a probability
+    of 95 %, but no more than stepsPerIteration). What is sampled in this phase is not exact; set it aside. Then
+    adaptation closes, for good, and production begins.
+
     Solvent and other molecules. With atoms=[...] the generator moves these particles of a larger System,
     given in the order of its own atoms, and everything else stays in place. Keep the molecule whole:
     periodic images are not searched.
@@ -70,7 +90,8 @@ class BoltzmannGeneratorSampler:
     The following files can be written.
 
     - A log file with one line per attempt: step, iteration, outcome, both potential energies, both log
-      densities and the log of the acceptance ratio.
+      densities and the log of the acceptance ratio; with two stages or latent moves also the kind of move and how many
+      proposals were tried and accepted in it.
     - A DCD trajectory with one frame per iteration, written after the moves.
     - A checkpoint file that holds the state of the Context and of the sampler. With resume=True a simulation
       that was built in the same way continues from it: log and trajectory are cut back to the checkpoint,
@@ -88,12 +109,33 @@ class BoltzmannGeneratorSampler:
     stepsPerIteration : int
     proposalsPerIteration : int
     currentIteration : int
-        Iterations completed, each of `stepsPerIteration` time steps and `proposalsPerIteration` attempts.
+        Iterations completed, each of `stepsPerIteration` time steps and `proposalsPerIteration` proposals.
     numProposed : int
-        Attempts made, refused ones included.
+        Attempts made, refused ones included. With two stages all proposals of one kind and iteration are one attempt.
     numAccepted, numRefused : int
+    statistics : dict of str to MoveStatistics
+        The same and more for each kind of move, "independent" and "latent".
+    adaptationIterations : int
+        Iterations after which adaptation was, or will be, closed.
     reporters : list of callable
         Each is called with the sampler after the moves of every iteration.
+
+    Examples
+    --------
+    >>> import openmm, openmm_bg as bg
+    >>> molecule = bg.systems.load("alanine_dipeptide")
+    >>> generator = bg.BoltzmannGenerator.for_molecule(
+    ...     molecule.topology, molecule.system, 300, positions=molecule.positions, compile=False
+    ... )
+    >>> integrator = openmm.LangevinMiddleIntegrator(300, 1.0, 0.001)
+    >>> simulation = openmm.app.Simulation(molecule.topology, molecule.system, integrator)
+    >>> simulation.context.setPositions(molecule.positions)
+    >>> sampler = bg.BoltzmannGeneratorSampler(
+    ...     generator, simulation, 10, 20, energy=generator.energy, latentShare=0.5, seed=1
+    ... )
+    >>> simulation.step(20)
+    >>> sum(kind.tried for kind in sampler.statistics.values())
+    40
 
     References
     ----------
@@ -114,6 +156,10 @@ class BoltzmannGeneratorSampler:
         checkpointFile: str | os.PathLike[str] | None = None,
         checkpointInterval: int | None = None,
         resume: bool = False,
+        energy: Energy | None = None,
+        latentShare: float = 0.0,
+        latentStep: float = 0.2,
+        adaptationIterations: int = 0,
     ):
         """Create a sampler and add it to a Simulation.
 
@@ -126,7 +172,7 @@ class BoltzmannGeneratorSampler:
         stepsPerIteration : int
             Time steps between two series of attempts.
         proposalsPerIteration : int
-            Attempts in one series.
+            Proposals tried after each of them.
         atoms : list of int, optional
             Particle of each atom of the generator; None if the generator's molecule is the whole System.
         seed : int, optional
@@ -138,7 +184,17 @@ class BoltzmannGeneratorSampler:
         checkpointInterval : int, optional
             Time steps between checkpoints, a multiple of stepsPerIteration. Ten iterations by default.
         resume : bool
-            Continue from `checkpointFile`. Without it, files that exist and are not empty are refused.
+            Continue from `checkpointFile`, with the same arguments. Without it, files that exist and are not empty are
+            refused.
+        energy : Energy, optional
+            A cheap energy of the generator's atoms, with a method potential(x) in kJ/mol, for two-stage acceptance.
+            None evaluates every proposal in the Context.
+        latentShare : float
+            Share of the proposals that are latent steps, 0 to 1; in each series they are drawn to be so.
+        latentStep : float
+            Their length, between 0 and 1.
+        adaptationIterations : int
+            Iterations in which length and number are adapted.
 
         Raises
         ------
@@ -146,13 +202,17 @@ class BoltzmannGeneratorSampler:
             If generator and simulation do not fit, the integrator has no temperature, or a file is in the
             way.
         """
-        for name, value in (
-            ("stepsPerIteration", stepsPerIteration),
-            ("proposalsPerIteration", proposalsPerIteration),
-            ("checkpointInterval", checkpointInterval if checkpointInterval is not None else 10 * stepsPerIteration),
+        for name, value, least in (
+            ("stepsPerIteration", stepsPerIteration, 1),
+            ("proposalsPerIteration", proposalsPerIteration, 1),
+            ("checkpointInterval", 10 * stepsPerIteration if checkpointInterval is None else checkpointInterval, 1),
+            ("adaptationIterations", adaptationIterations, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise InputError(f"{name} must be a positive whole number, not {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+                wanted = "a positive whole number" if least else "a whole number of at least 0"
+                raise InputError(f"{name} must be {wanted}, not {value!r}.")
+        if not 0 <= latentShare <= 1:
+            raise InputError(f"latentShare must lie between 0 and 1, not at {latentShare}.")
         if checkpointInterval is None:
             checkpointInterval = 10 * stepsPerIteration
         if checkpointInterval % stepsPerIteration != 0:
@@ -168,6 +228,9 @@ class BoltzmannGeneratorSampler:
         self.numProposed = 0
         self.numAccepted = 0
         self.numRefused = 0
+        kinds = {"independent": latentShare < 1, "latent": latentShare > 0}
+        self.statistics = {kind: MoveStatistics() for kind, used in kinds.items() if used}
+        self.adaptationIterations = int(adaptationIterations)
         self._temperature()
 
         # What is moved.
@@ -180,12 +243,27 @@ class BoltzmannGeneratorSampler:
         self._virtualSites = has_virtual_sites(system)
         self._walker: ContextWalker | None = None
 
-        # Two streams of random numbers: the generator's draws, and decisions and velocities.
+        # What is proposed. Three streams of random numbers: the generator's draws, decisions and velocities, and the
+        # latent steps.
 
-        draws, decisions = np.random.SeedSequence(seed).spawn(2)
+        draws, decisions, steps = np.random.SeedSequence(seed).spawn(3)
         self._random = np.random.default_rng(decisions)
-        torchSeed = int(draws.generate_state(1, np.uint64)[0] >> np.uint64(1))
-        self._proposals = IndependenceProposals(snapshot(generator), torchSeed)
+        fixed = snapshot(generator)
+        self._proposals = IndependenceProposals(fixed, _torchSeed(draws))
+        self._latentShare = float(latentShare)
+        self._latent = LatentProposals(fixed, _torchSeed(steps), latentStep) if latentShare else None
+        self._potential = None if energy is None else potential_of(energy, generator)
+        self._number = Adaptation()
+        self._settings = {
+            "stepsPerIteration": self.stepsPerIteration,
+            "proposalsPerIteration": self.proposalsPerIteration,
+            "latentShare": self._latentShare,
+            "latentStep": float(latentStep),
+            "twoStage": energy is not None,
+            "adaptationIterations": self.adaptationIterations,
+        }
+        if adaptationIterations == 0:
+            self.closeAdaptation()
 
         # Restore from the checkpoint, or start new files.
 
@@ -194,7 +272,7 @@ class BoltzmannGeneratorSampler:
         self._log: AttemptLog | None = None
         self._trajectory: IterationTrajectory | None = None
         if resume:
-            self._resume(checkpointFile, logFile, trajectoryFile)
+            self._openOutput(logFile, trajectoryFile, load_checkpoint(self, checkpointFile))
         else:
             refuse_existing(checkpointFile)
             self._openOutput(logFile, trajectoryFile, {})
@@ -205,12 +283,31 @@ class BoltzmannGeneratorSampler:
         """Fraction of all attempts that were accepted; NaN before the first."""
         return self.numAccepted / self.numProposed if self.numProposed else math.nan
 
+    @property
+    def latentStep(self) -> float | None:
+        """Length of the latent steps, as given or as adapted; None without latent moves."""
+        return None if self._latent is None else self._latent.step
+
+    @property
+    def adapting(self) -> bool:
+        """Whether the adaptation phase is open."""
+        return not self._number.closed
+
+    def closeAdaptation(self) -> None:
+        """End the adaptation phase now, for good. What follows is production; a second call changes nothing."""
+        if self.adapting:
+            self.adaptationIterations = self.currentIteration
+        self._number.close()
+        if self._latent is not None:
+            self._latent.adaptation.close()
+
     def step(self, steps: int) -> None:
         """Advance the simulation, moves included; the same as simulation.step(steps)."""
         self.simulation.step(steps)
 
     def attemptMove(self) -> Attempt:
-        """Try one proposal in place of the current conformation. Called automatically during the simulation.
+        """Try one proposal in place of the current conformation, or with two stages a series of them. Called
+        automatically during the simulation.
 
         You can create subclasses that override this method to make other moves. It must leave the Context in
         the conformation it decided for and return the Attempt; counting, logging and drawing velocities are
@@ -221,23 +318,29 @@ class BoltzmannGeneratorSampler:
         return self._walker.attempt()
 
     def attemptMoves(self, proposals: int | None = None) -> list[Attempt]:
-        """Make one series of attempts, as at the end of every iteration; redraw the velocities if one was accepted."""
+        """Try a number of proposals, as at the end of every iteration; redraw the velocities if one was accepted."""
         count = self.proposalsPerIteration if proposals is None else proposals
         temperature = self._temperature()
         context = self.simulation.context
+        series: list[tuple[Any, int]] = [(self._proposals, count)]
+        if self._latent is not None:
+            latent = int(self._random.binomial(count, self._latentShare))
+            series = [(self._proposals, count - latent), (self._latent, latent)]
         self._walker = ContextWalker(
             context,
-            self._proposals,
+            series,
             temperature=temperature,
             rng=self._random,
-            count=count,
+            potential=self._potential,
             atoms=self._atoms,
             groups=self.simulation.integrator.getIntegrationForceGroups(),
             virtual_sites=self._virtualSites,
             constraints=self._constraints,
         )
+        attempts = []
         try:
-            attempts = [self.attemptMove() for _ in range(count)]
+            while not self._walker.finished:
+                attempts.append(self.attemptMove())
         finally:
             self._walker = None
         accepted = sum(attempt.accepted for attempt in attempts)
@@ -246,6 +349,8 @@ class BoltzmannGeneratorSampler:
         self.numProposed += len(attempts)
         self.numAccepted += accepted
         self.numRefused += sum(attempt.refused for attempt in attempts)
+        for attempt in attempts:
+            self.statistics[attempt.kind].add(attempt)
         if self._log is not None:
             self._log.write(self.currentIteration, attempts)
         return attempts
@@ -253,13 +358,27 @@ class BoltzmannGeneratorSampler:
     def _iterate(self) -> None:
         """End one iteration: moves, then output, then the checkpoint that knows all of it."""
         self.currentIteration += 1
-        self.attemptMoves()
+        attempts = self.attemptMoves()
+        if self.adapting:
+            self._adapt(attempts)
         if self._trajectory is not None:
             self._trajectory.write(self.simulation.context)
         for reporter in self.reporters:
             reporter(self)
         if self._checkpointFile is not None and self.simulation.currentStep % self._checkpointInterval == 0:
-            self._saveCheckpoint(self._checkpointFile)
+            save_checkpoint(self, self._checkpointFile)
+
+    def _adapt(self, attempts: Sequence[Attempt]) -> None:
+        """Learn from one iteration, and close the phase when it is over."""
+        tried, moved = (sum(getattr(a, name) for a in attempts) for name in ("tried", "moved"))
+        steps = [a for a in attempts if a.kind == "latent" and a.tried]
+        if self._latent is not None and steps:
+            self._latent.learn(sum(a.moved for a in steps) / sum(a.tried for a in steps))
+        if tried:
+            self._number.observe(moved / tried)
+            self.proposalsPerIteration = proposals_needed(self._number.acceptance, self.stepsPerIteration)
+        if self.currentIteration >= self.adaptationIterations:
+            self.closeAdaptation()
 
     def _temperature(self) -> float:
         integrator = self.simulation.integrator
@@ -278,7 +397,8 @@ class BoltzmannGeneratorSampler:
         frames, size, first = header.get("trajectory", (0, None, None))
         refuse_existing(logFile if isPath and length is None else None, trajectoryFile if size is None else None)
         if logFile is not None:
-            self._log = AttemptLog(logFile, length, header=isPath or not header)
+            plain = self._latent is None and self._potential is None
+            self._log = AttemptLog(logFile, length, header=isPath or not header, kinds=not plain)
         if trajectoryFile is not None:
             self._trajectory = IterationTrajectory(
                 trajectoryFile,
@@ -290,59 +410,9 @@ class BoltzmannGeneratorSampler:
                 frames,
             )
 
-    def _saveCheckpoint(self, path: str | os.PathLike[str]) -> None:
-        header: dict[str, Any] = {
-            "format": CHECKPOINT_FORMAT,
-            "generator": _weightsHash(self._proposals.generator),
-            "stepsPerIteration": self.stepsPerIteration,
-            "currentIteration": self.currentIteration,
-            "numProposed": self.numProposed,
-            "numAccepted": self.numAccepted,
-            "numRefused": self.numRefused,
-            "random": self._random.bit_generator.state,
-        }
-        if self._log is not None:
-            header["logLength"] = self._log.length
-        if self._trajectory is not None:
-            output = self._trajectory
-            header["trajectory"] = (output.frames, output.length, output.first_step)
-        context = np.frombuffer(self.simulation.context.createCheckpoint(), dtype=np.uint8)
-        queue = {f"proposals_{name}": array for name, array in self._proposals.state_dict().items()}
-        save_arrays(path, header, context=context, **queue)
 
-    def _resume(self, path: Any, logFile: Any, trajectoryFile: Any) -> None:
-        queue = ("random", "q", "log_prob")
-        header, arrays = load_arrays(path, ("context", *(f"proposals_{name}" for name in queue)))
-        if header.get("format") != CHECKPOINT_FORMAT:
-            raise InputError(f"{path} was written by another version of openmm_bg.")
-        if header["generator"] != _weightsHash(self._proposals.generator):
-            raise InputError(f"{path} belongs to another generator; resume with the one it was made with.")
-        if header["stepsPerIteration"] != self.stepsPerIteration:
-            raise InputError(
-                f"{path} was made with stepsPerIteration={header['stepsPerIteration']}; resume with the same."
-            )
-        try:
-            self.simulation.context.loadCheckpoint(arrays["context"].tobytes())
-        except openmm.OpenMMException as error:
-            raise InputError(
-                f"{path} does not fit this simulation (a checkpoint needs the same System, integrator and platform): "
-                f"{error}"
-            ) from None
-        self.currentIteration = header["currentIteration"]
-        self.numProposed, self.numAccepted = header["numProposed"], header["numAccepted"]
-        self.numRefused = header["numRefused"]
-        self._random.bit_generator.state = header["random"]
-        self._proposals.load_state_dict({name: arrays[f"proposals_{name}"] for name in queue})
-        self._openOutput(logFile, trajectoryFile, header)
-
-
-def _weightsHash(generator: Any) -> str:
-    """sha256 of the weights; unlike a generator's fingerprint it exists for flows that cannot be saved, too."""
-    digest = hashlib.sha256()
-    for name, tensor in generator.flow.state_dict().items():
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy(force=True).tobytes())
-    return digest.hexdigest()
+def _torchSeed(sequence: np.random.SeedSequence) -> int:
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class _Actor:

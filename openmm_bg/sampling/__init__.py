@@ -5,16 +5,20 @@ from openmm_bg.sampling.batched import BatchedLangevin
 from openmm_bg.sampling.bursts import bursts
 from openmm_bg.sampling.cooling import CooledWalkers, cool
 from openmm_bg.sampling.dynamics import Trajectory, fastest_platform, simulate
+from openmm_bg.sampling.exchange_map import GeneratorMap
 from openmm_bg.sampling.interpolation import GradientFlowPath, Interpolation, continuity_residual
 from openmm_bg.sampling.latent import LatentEnergy
+from openmm_bg.sampling.latent_moves import LatentProposals
+from openmm_bg.sampling.learned_exchange import ExchangeStatistics, log_exchange_acceptance
 from openmm_bg.sampling.metropolis import (
     Attempt,
-    IndependenceProposals,
+    MoveStatistics,
     independence_acceptance,
     independence_chain,
     log_acceptance,
 )
 from openmm_bg.sampling.noised import NoisedMesh, noised_energy
+from openmm_bg.sampling.proposals import IndependenceProposals
 from openmm_bg.sampling.replica_exchange import (
     ReplicaExchange,
     ReplicaExchangeResult,
@@ -31,6 +35,7 @@ from openmm_bg.sampling.reweighting import (
     resample,
     reweighted_mean,
 )
+from openmm_bg.sampling.two_stage import scan
 
 __all__ = [
     "Attempt",
@@ -38,10 +43,14 @@ __all__ = [
     "CooledWalkers",
     "EffectiveSampleSize",
     "Estimate",
+    "ExchangeStatistics",
+    "GeneratorMap",
     "GradientFlowPath",
     "IndependenceProposals",
     "Interpolation",
     "LatentEnergy",
+    "LatentProposals",
+    "MoveStatistics",
     "NoisedMesh",
     "ReplicaExchange",
     "ReplicaExchangeResult",
@@ -58,10 +67,12 @@ __all__ = [
     "independence_chain",
     "largest_log_ratio",
     "log_acceptance",
+    "log_exchange_acceptance",
     "log_normalizer",
     "noised_energy",
     "replica_exchange",
     "resample",
     "reweighted_mean",
+    "scan",
     "simulate",
 ]

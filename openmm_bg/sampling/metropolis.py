@@ -1,4 +1,4 @@
-"""The acceptance rule, the queue of proposals and the acceptance of an independence chain.
+"""The acceptance rule, the record of an attempt and the acceptance of an independence chain.
 
 A Boltzmann generator proposes a whole conformation x' that does not depend on the current one, x. Such a
 move leaves exp(-u) invariant when it is accepted with probability min(1, alpha),
@@ -12,11 +12,11 @@ that is why both densities are mandatory here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from openmm_bg.errors import InputError
@@ -86,7 +86,7 @@ def accept(log_ratio: float, rng: np.random.Generator) -> bool:
 
 
 class Attempt(NamedTuple):
-    """What one attempted move was and how it ended.
+    """What one attempted move was and how it ended: one decision by the energy that is sampled.
 
     Attributes
     ----------
@@ -94,14 +94,19 @@ class Attempt(NamedTuple):
         Time steps the simulation had made; moves do not advance it.
     accepted : bool
     refused : bool
-        The current state lies outside the generator's support, so nothing was proposed.
+        The current state lies outside the generator's support, or has no finite cheap energy: nothing was proposed.
     potential_energy, proposed_potential_energy : float
-        kJ/mol, before the decision. The proposed one is NaN where it was not evaluated (refused, or an
-        invalid draw).
+        kJ/mol, before the decision. The proposed one is NaN where it was not evaluated: refused, an invalid draw, or a
+        scan of the cheap energy that ended where it began.
     log_prob, proposed_log_prob : float
-        The generator's log densities of both states.
+        Log densities of both states, as the move proposes.
     log_acceptance : float
-        Logarithm of the Metropolis-Hastings ratio, -inf for certain rejection.
+        Logarithm of the Metropolis-Hastings ratio of this decision, -inf for certain rejection.
+    kind : str
+        "independent" or "latent".
+    tried, moved : int
+        Proposals that were tried, and those of them that were accepted. With two stages these are steps on the cheap
+        energy, which the decision then takes or leaves as a whole; otherwise one, and 0 or 1.
     """
 
     step: int
@@ -112,107 +117,45 @@ class Attempt(NamedTuple):
     log_prob: float
     proposed_log_prob: float
     log_acceptance: float
+    kind: str = "independent"
+    tried: int = 1
+    moved: int = 0
 
 
-class ProposalGenerator(Protocol):
-    """What the moves need of a generator; :class:`openmm_bg.BoltzmannGenerator` offers it."""
+@dataclass
+class MoveStatistics:
+    """Counts of one kind of move.
 
-    coordinates: Any
-    """None where the density is one of plain Cartesian coordinates."""
-
-    def sample_internal(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Internal coordinates (n, dimension) and their final log density (n,), -inf for invalid draws."""
-        ...
-
-    def place(self, q: torch.Tensor, frame: Any) -> torch.Tensor:
-        """Positions (n, atoms, 3) in nm of internal coordinates in a frame."""
-        ...
-
-    def frame(self, x: torch.Tensor) -> Any:
-        """Frame of the seed atoms of positions (n, atoms, 3)."""
-        ...
-
-    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        """Log density (n,) of positions (n, atoms, 3)."""
-        ...
-
-
-class IndependenceProposals:
-    """A queue of conformations drawn from a generator in batches.
-
-    One network call per proposal is slow; the queue draws `batch_size` at a time and hands them out one
-    after the other. What it holds depends on nothing but the seed, so it may be stored, restored or thrown
-    away at any moment without a bias.
-
-    Parameters
+    Attributes
     ----------
-    generator : BoltzmannGenerator
-    seed : int or torch.Generator
-        A seed, or a generator of random numbers that the queue then owns.
-    batch_size : int
-        Conformations drawn at once.
+    attempts, refused, accepted : int
+        Decisions, those refused, and those that changed the conformation.
+    evaluated : int
+        Energies that were evaluated for them.
+    tried, moved : int
+        Proposals, and those accepted; on the cheap energy, where there is one.
     """
 
-    def __init__(self, generator: ProposalGenerator, seed: int | torch.Generator, batch_size: int = 256):
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, not {batch_size}.")
-        self.generator = generator
-        self.batch_size = int(batch_size)
-        self._random = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(int(seed))
-        self._drawn: tuple[torch.Tensor, torch.Tensor] | None = None
+    attempts: int = 0
+    refused: int = 0
+    accepted: int = 0
+    evaluated: int = 0
+    tried: int = 0
+    moved: int = 0
 
-    def __len__(self) -> int:
-        """Conformations drawn and not yet used."""
-        return 0 if self._drawn is None else len(self._drawn[1])
+    def add(self, attempt: Attempt) -> None:
+        """Count one attempt."""
+        self.attempts += 1
+        self.refused += attempt.refused
+        self.accepted += attempt.accepted
+        self.evaluated += not math.isnan(attempt.proposed_potential_energy)
+        self.tried += attempt.tried
+        self.moved += attempt.moved
 
-    def take(self, n: int, at: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The next `n` conformations, standing where the molecule stands now, and their log densities.
-
-        Parameters
-        ----------
-        n : int
-        at : ndarray, shape (atoms, 3)
-            Current positions in nm. Their seed atoms give the frame, which a move does not change; so all
-            `n` may be tried one after the other, whether earlier ones are accepted or not.
-
-        Returns
-        -------
-        positions : ndarray, shape (n, atoms, 3)
-            nm; NaN for invalid draws.
-        log_prob : ndarray, shape (n,)
-            -inf for invalid draws.
-        """
-        q, log_prob = self._drawn or self.generator.sample_internal(self.batch_size, self._random)
-        while len(log_prob) < n:
-            more = self.generator.sample_internal(self.batch_size, self._random)
-            q, log_prob = torch.cat([q, more[0]]), torch.cat([log_prob, more[1]])
-        self._drawn = q[n:], log_prob[n:]
-        frame = self.generator.frame(torch.cat([self._batch(at)] * n))
-        placed = self.generator.place(q[:n], frame).numpy(force=True).astype(np.float64).reshape(n, -1, 3)
-        return placed, log_prob[:n].numpy(force=True).astype(np.float64)
-
-    def log_prob(self, positions: NDArray[np.float64]) -> float:
-        """Log density of one conformation (atoms, 3) in nm; -inf outside the generator's support."""
-        return float(self.generator.log_prob(self._batch(positions))[0])
-
-    def _batch(self, positions: NDArray[np.float64]) -> torch.Tensor:
-        x = torch.from_numpy(np.array(positions, dtype=np.float64))[None]
-        return x if self.generator.coordinates is not None else x.reshape(1, -1)
-
-    def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Arrays from which :meth:`load_state_dict` continues with exactly the same proposals."""
-        q, log_prob = self._drawn or (torch.zeros(0), torch.zeros(0))
-        return {
-            "random": self._random.get_state().numpy().copy(),
-            "q": q.numpy(force=True).copy(),
-            "log_prob": log_prob.numpy(force=True).copy(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Continue from what :meth:`state_dict` returned."""
-        self._random.set_state(torch.from_numpy(np.array(state["random"], dtype=np.uint8)))
-        q, log_prob = (torch.from_numpy(np.array(state[name])) for name in ("q", "log_prob"))
-        self._drawn = (q, log_prob) if len(log_prob) else None
+    @property
+    def acceptance(self) -> float:
+        """Fraction of the attempts that were accepted; NaN before the first."""
+        return self.accepted / self.attempts if self.attempts else math.nan
 
 
 def independence_acceptance(log_weights: ArrayLike) -> float:
@@ -237,7 +180,8 @@ def independence_acceptance(log_weights: ArrayLike) -> float:
     >>> round(independence_acceptance([0.0, 0.0, 0.0]), 12)
     1.0
     """
-    weights = np.sort(_relative_weights(log_weights, at_least=2))
+    log_w = np.sort(_checked(log_weights))
+    weights = np.exp(log_w - log_w[-1])
     n = len(weights)
     # The i-th smallest of n weights is the smaller one in n - 1 - i of the pairs.
     smaller = np.dot(weights, np.arange(n - 1, -1, -1, dtype=np.float64))
@@ -269,11 +213,9 @@ def independence_chain(log_weights: ArrayLike, rng: np.random.Generator) -> Inde
     IndependenceChain
         ``indices`` (n,) point into the draws; draws before the first of positive weight are replaced by it.
     """
-    relative = _relative_weights(log_weights, at_least=2)
-    with np.errstate(divide="ignore"):
-        log_w = np.log(relative)
+    log_w = _checked(log_weights)
     thresholds = log_w + rng.standard_exponential(len(log_w))
-    current = first = int(np.argmax(relative > 0))
+    current = first = int(np.argmax(np.isfinite(log_w)))
     indices = np.full(len(log_w), first, dtype=np.int64)
     accepted = 0
     for i in range(first + 1, len(log_w)):
@@ -284,12 +226,12 @@ def independence_chain(log_weights: ArrayLike, rng: np.random.Generator) -> Inde
     return IndependenceChain(indices, accepted / max(1, len(log_w) - 1 - first))
 
 
-def _relative_weights(log_weights: ArrayLike, at_least: int) -> NDArray[np.float64]:
+def _checked(log_weights: ArrayLike) -> NDArray[np.float64]:
     log_w = np.asarray(log_weights, dtype=np.float64)
-    if log_w.ndim != 1 or len(log_w) < at_least:
-        raise InputError(f"Log weights must be one row of at least {at_least} numbers, not of shape {log_w.shape}.")
+    if log_w.ndim != 1 or len(log_w) < 2:
+        raise InputError(f"Log weights must be one row of at least 2 numbers, not of shape {log_w.shape}.")
     if np.any(np.isnan(log_w) | np.isposinf(log_w)):
         raise InputError("Log weights hold NaN or +inf; find the faulty energy or density first.")
     if np.all(np.isneginf(log_w)):
         raise InputError("All weights are zero; the proposal and the target do not overlap.")
-    return np.exp(log_w - log_w.max())
+    return log_w

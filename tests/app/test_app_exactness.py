@@ -12,7 +12,8 @@ from toys import KT, PriorDropped
 
 from openmm_bg import app as bg_app
 from openmm_bg.coordinates import InternalCoordinates
-from openmm_bg.sampling.metropolis import IndependenceProposals, log_acceptance
+from openmm_bg.sampling.metropolis import log_acceptance
+from openmm_bg.sampling.proposals import IndependenceProposals
 
 
 class QDropped(IndependenceProposals):

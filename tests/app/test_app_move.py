@@ -177,7 +177,8 @@ def test_statistics_set_from_another_process_do_not_repeat_its_numbers(make, cac
     one, two = make(), make()
     chain_of(one, 3, cache)
     two.statistics = one.statistics
-    assert two.statistics == one.statistics == {"n_accepted": one.n_accepted, "n_proposed": 30, "n_refused": 0}
+    assert two.statistics == one.statistics
+    assert (two.n_proposed, two.n_tried, two.n_refused, two.n_latent_proposed) == (30, 30, 0, 0)
     assert not np.allclose(chain_of(two, 3, cache), chain_of(make(), 3, cache))
     one.statistics = one.statistics  # no change, no new stream
     assert one._key == ()
@@ -205,12 +206,12 @@ def test_restored_in_a_new_process(make, tmp_path):
     from openmmtools.utils import serialize
 
     move = make()
-    move.statistics = {"n_accepted": 2, "n_proposed": 5, "n_refused": 1}
+    move.statistics = {"n_accepted": 2, "n_proposed": 5, "n_refused": 1}  # as an earlier version stored them
     (tmp_path / "move.yaml").write_text(yaml.safe_dump(serialize(move)))
     code = (
         "import sys, yaml; from openmmtools.utils import deserialize;"
         "m = deserialize(yaml.safe_load(open(sys.argv[1])));"
-        "print(m.generator.fingerprint, sorted(m.statistics.values()))"
+        "print(m.generator.fingerprint, sorted(m.statistics.values())[-3:])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "move.yaml"], capture_output=True, text=True, check=True

@@ -394,7 +394,7 @@ def test_log_holds_every_attempt_in_full_precision(tmp_path):
     assert len(rows) == 15
     for index, (row, attempt) in enumerate(zip(rows, attempts, strict=True)):
         assert [int(v) for v in row[:4]] == [attempt.step, 1 + index // 3, attempt.accepted, attempt.refused]
-        np.testing.assert_array_equal([float(v) for v in row[4:]], attempt[3:])
+        np.testing.assert_array_equal([float(v) for v in row[4:]], attempt[3:8])
         assert attempt.step == 10 * (1 + index // 3)
 
 

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from openmm_bg.errors import InputError
-from openmm_bg.sampling.metropolis import (
-    IndependenceProposals,
-    accept,
-    independence_acceptance,
-    independence_chain,
-    log_acceptance,
-)
+from openmm_bg.sampling.metropolis import accept, independence_acceptance, independence_chain, log_acceptance
+from openmm_bg.sampling.proposals import IndependenceProposals
 
 
 class GaussianGenerator:
