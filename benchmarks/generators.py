@@ -5,6 +5,7 @@
     python benchmarks/generators.py alanine_tetrapeptide --output rows.jsonl --device cuda --batch-size 4096 \\
         --learning-rate 1e-2 --budget 8min --constraints HBonds
     python benchmarks/generators.py alanine_dipeptide --output rows.jsonl --no-data --budget 50min
+    python benchmarks/generators.py alanine_dipeptide --output rows.jsonl --without memory --set training_steps=3000
     python benchmarks/generators.py --output rows.jsonl --table
 
 A reference (`benchmarks/reference.py`) is never used for training; without one a row is measured on the ladders of its
@@ -36,7 +37,21 @@ from openmm_bg.training import ReversePath, Settings
 from openmm_bg.workflow import RunSettings
 from openmm_bg.workflow.data import TIMESTEP, exchange, settle
 
-CHOICES = ("flow", "device", "budget", "constraints", "batch_size", "learning_rate", "hidden", "layers", "no_data")
+CHOICES = (
+    "flow", "device", "budget", "constraints", "batch_size", "learning_rate", "hidden", "layers", "no_data", "without",
+)  # fmt: skip
+# an ingredient of the recipe: what of the flow, of the objective or of the settings leaves it out
+INGREDIENTS: dict[str, tuple[dict, dict, dict]] = {
+    "mixing": ({"mixing": False}, {}, {}),
+    "bonded-masks": ({"neighbours": None}, {}, {}),
+    "memory": ({}, {"memory": 0}, {}),
+    "log-variance": ({}, {"variance": 0.0}, {}),
+    "tempering": ({}, {"temper": 0.0}, {}),
+    "exploration": ({}, {"explore": 0.0}, {}),
+    "weights": ({}, {"power": 0.0}, {}),
+    "torsion-rate": ({}, {}, {"torsion_rate": 1.0}),
+    "average": ({}, {}, {"average": 0.0}),
+}
 
 
 def main() -> None:
@@ -76,6 +91,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, help="units of the couplings' networks")
     parser.add_argument("--layers", type=int, help="couplings")
     parser.add_argument("--no-data", action="store_true", default=None, help="from the energy alone")
+    parser.add_argument("--without", choices=tuple(INGREDIENTS), help="an ingredient of the recipe")
     parser.add_argument("--table", action="store_true", help="print the rows instead")
     options = parser.parse_args(arguments)
     if not options.table and not options.molecule:
@@ -133,9 +149,15 @@ def untrained(molecule: Any, options: argparse.Namespace) -> bg.BoltzmannGenerat
     )  # fmt: skip
     generator = make(flow=options.flow or "spline")
     changes = {k: getattr(options, k) for k in ("hidden", "layers") if getattr(options, k) is not None}
+    changes |= left_out(options)[0]
     if not changes:
         return generator
     return make(flow=bg.flows.MolecularFlow.from_config(generator.flow.config() | changes))
+
+
+def left_out(options: argparse.Namespace) -> tuple[dict, dict, dict]:
+    """Changes of the flow, the objective and the settings."""
+    return ({}, {}, {}) if options.without is None else INGREDIENTS[options.without]
 
 
 def gather(
@@ -174,11 +196,12 @@ def train(
         usual = Settings()
         training = dataclasses.replace(
             usual, device=options.device or usual.device, batch_size=options.batch_size or usual.batch_size,
-            learning_rate=options.learning_rate or usual.learning_rate,
+            learning_rate=options.learning_rate or usual.learning_rate, **left_out(options)[2],
         )  # fmt: skip
         result = generator.fit(
             data, steps=settings.training_steps, likelihood_steps=None if data is None else settings.likelihood_steps,
-            budget=options.budget, settings=training, objective=None if data is None else ReversePath(),
+            budget=options.budget, settings=training,
+            objective=None if data is None else ReversePath(**left_out(options)[1]),
             seed=settings.seed, log=folder / "training.jsonl", checkpoint=folder / "training.checkpoint", resume=True,
         )  # fmt: skip
         generator.save(folder / "generator.bg")

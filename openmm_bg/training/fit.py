@@ -190,7 +190,10 @@ def fit(
             )
         generator._initialize(rows)
     generator._check_informed()
-    stages = _stages(generator, rows is not None, energy, objective, steps, likelihood_steps, transport_steps, budget)
+    stages = _stages(
+        generator, rows is not None, energy, objective, steps, likelihood_steps, transport_steps, budget,
+        (settings or Settings()).torsion_rate,
+    )  # fmt: skip
     trainer = Trainer(
         generator, stages, rows, energies=known, budget=budget, settings=settings, seed=seed, log=log,
         checkpoint=checkpoint, resume=resume, progress=progress,
@@ -223,6 +226,7 @@ def _stages(
     likelihood_steps: int | None,
     transport_steps: int | None,
     budget: Budget | None,
+    torsion_rate: float,
 ) -> list[Stage]:
     """The default recipe, as far as nothing else was asked for."""
     if budget is not None:
@@ -243,8 +247,7 @@ def _stages(
         terms: list = [(1.0, objective)] if callable(objective) else list(objective)
         if data:
             terms.append((0.02, MaximumLikelihood(torsions_only=True, fade=True)))
-        # few parameters rule the weights of whole basins: at the full rate those go up and down
-        stages.append(Stage("energy", steps, terms, torsion_rate=0.3))
+        stages.append(Stage("energy", steps, terms, torsion_rate=torsion_rate))
     return stages
 
 

@@ -14,7 +14,7 @@ from openmm_bg.training.masked import masked_median, masked_std
 from openmm_bg.training.objectives import Step
 from openmm_bg.training.past import Past, recall, remember
 
-_POOL_AGE = 4
+_POOL_AGE = 8
 
 
 @dataclass
@@ -58,7 +58,7 @@ class ReversePath:
     cap: float = 5.0
     variance: float = 0.25
     window: float = 6.0
-    temper: float = 0.1
+    temper: float = 0.3
     explore: float = 0.08
     explored_weight: float = 0.3
     reach: float = 25.0
@@ -131,7 +131,7 @@ class ReversePath:
         # a region that the target does not have must empty, but one clash does not say that it is one
         square = torch.where(deviation < -self.window, -2 * progress * deviation, square)
         # explored samples speak where they have found a hole; elsewhere the flow's own samples know better
-        kept = finite & (~explored | (deviation.detach() > 2))
+        kept = finite & (~explored | (deviation.detach() > 1))
         share = torch.where(kept, share, 0.0)
         return (share * torch.where(kept, square, 0.0)).sum() / share.sum().clamp(min=1e-30)
 
@@ -161,7 +161,7 @@ class ReversePath:
         return t, explored
 
     def _pool(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor]:
-        """Draws of the torsions' density to choose from, ``4 * batch`` of them, renewed every fourth step.
+        """Draws of the torsions' density to choose from, ``8 * batch`` of them, renewed every eighth step.
 
         They are drawn one torsion after the other, which costs little more for many than for few.
         """

@@ -70,6 +70,9 @@ class Settings:
     ----------
     batch_size, learning_rate, betas
         Adam; the rate follows a cosine to zero over the whole run.
+    torsion_rate : float
+        Factor of the rate for the density of a molecule's torsions in the default recipe's stage on the energy: few
+        parameters rule the weights of whole basins, and at the full rate those go up and down.
     warmup, ramp : float
         Shares of the run over which the rate rises at the start, and at the start of each later stage.
     clip : float
@@ -88,6 +91,7 @@ class Settings:
     batch_size: int = 512
     learning_rate: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.99)
+    torsion_rate: float = 0.3
     warmup: float = 0.03
     ramp: float = 0.01
     clip: float = 20.0

@@ -63,16 +63,16 @@ def test_the_guard_sees_what_it_should():
             look()
 
 
-def test_the_torsions_are_renewed_every_fourth_step():
+def test_the_torsions_are_renewed_every_eighth_step():
     flow, objective = molecular(), ReversePath()
     step = Step(flow, Quiet(), None, 16, 0.0, torch.Generator().manual_seed(1))
     seen = []
-    for _ in range(9):
+    for _ in range(17):
         objective(step)
         objective.advance()
         seen.append(objective.tensors["torsions"])
     renewed = [a is not b for a, b in itertools.pairwise(seen)]
-    assert renewed == [False, False, False, True] * 2
+    assert renewed == [*[False] * 7, True] * 2
 
 
 def test_exploration_turns_its_share_and_fades():
