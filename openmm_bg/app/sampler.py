@@ -259,7 +259,7 @@ class BoltzmannGeneratorSampler:
             "proposalsPerIteration": self.proposalsPerIteration,
             "latentShare": self._latentShare,
             "latentStep": float(latentStep),
-            "twoStage": energy is not None,
+            "twoStage": self.twoStage,
             "adaptationIterations": self.adaptationIterations,
         }
         if adaptationIterations == 0:
@@ -282,6 +282,11 @@ class BoltzmannGeneratorSampler:
     def acceptanceRate(self) -> float:
         """Fraction of all attempts that were accepted; NaN before the first."""
         return self.numAccepted / self.numProposed if self.numProposed else math.nan
+
+    @property
+    def twoStage(self) -> bool:
+        """Whether proposals are tried on a cheap energy first."""
+        return self._potential is not None
 
     @property
     def latentStep(self) -> float | None:

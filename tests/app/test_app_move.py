@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import openmm
 import pytest
+import torch
 import toys
 import yaml
 from openmm import unit
@@ -85,6 +86,24 @@ def test_move_is_exact(make, cache):
         blocks = values.reshape(25, -1).mean(1)
         assert abs(blocks.mean() - exact) < 3.5 * blocks.std(ddof=1) / 5
     assert move.n_proposed == 7500 and 300 < move.n_accepted < 7500 and move.n_refused == 0
+
+
+def test_two_stages_and_latent_steps_are_exact_for_another_system(make, cache):
+    """The generator's energy has a torsion that the System lacks, so that the second stage has something to decide."""
+    system = toys.chain_system()
+    system.getForce(2).setTorsionParameters(0, 0, 1, 2, 3, 1, toys.TORSION_PHASE, 0.0)
+    move = make(n_proposals=8, two_stage=True, latent_share=0.25, latent_step=0.5)
+    thermodynamic_state, sampler_state = states(system)
+    frames = []
+    for _ in range(300):
+        move.apply(thermodynamic_state, sampler_state, cache)
+        frames.append(positions(sampler_state))
+    q = move.generator.coordinates(torch.tensor(np.array(frames)))[0].numpy()
+    moments = toys.chain_moments(q).reshape(20, 15, 4).mean(1)
+    exact = [*toys.chain_exact()[:2], 0.0, 0.0]
+    assert np.abs((moments.mean(0) - exact) / (moments.std(0, ddof=1) / math.sqrt(20))).max() < 3.5
+    assert move.n_tried == 2400 and 0 < move.n_latent_accepted <= move.n_latent_proposed
+    assert 300 < move.n_proposed <= 600 and 0.3 * move.n_proposed < move.n_accepted < move.n_proposed
 
 
 def test_temperature_is_the_thermodynamic_states(make, cache):
@@ -190,13 +209,15 @@ def test_statistics_set_from_another_process_do_not_repeat_its_numbers(make, cac
 def test_state_is_plain_fresh_and_complete(make, cache, tmp_path):
     from openmmtools.utils import deserialize, serialize
 
-    move = make(seed=2**100, n_proposals=7, atom_subset=[0, 1, 2, 3])
+    options = {"two_stage": True, "latent_share": 0.25, "latent_step": 0.3}
+    move = make(seed=2**100, n_proposals=7, atom_subset=[0, 1, 2, 3], **options)
     chain_of(move, 3, cache)
     state = serialize(move)
     assert yaml.safe_load(yaml.safe_dump(state)) == state
     assert (tmp_path / "store" / f"{move.generator.fingerprint}.bg").exists()
     restored = deserialize(yaml.safe_load(yaml.safe_dump(state)))
-    assert restored.statistics == move.statistics and move.n_proposed == 21
+    assert restored.statistics == move.statistics and move.n_tried == 21
+    assert {name: getattr(restored, name) for name in options} == options
     assert (restored.n_proposals, restored.atom_subset) == (7, [0, 1, 2, 3])
     assert restored.generator is move.generator
     assert "_serialized__module_name" not in move.__getstate__()
@@ -248,10 +269,26 @@ def test_missing_and_exchanged_files_are_errors(tmp_path, openmmtools):
         deserialize(dict(state))
 
 
+def test_states_of_an_earlier_version_are_read(make):
+    state = make(n_proposals=7).__getstate__()
+    for name in ("two_stage", "latent_share", "latent_step", "n_tried", "n_moved", "n_latent_proposed"):
+        del state[name]
+    old = bg.BoltzmannGeneratorMove.__new__(bg.BoltzmannGeneratorMove)
+    old.__setstate__(state)
+    assert (old.n_proposals, old.two_stage, old.latent_share, old.n_tried) == (7, False, 0.0, 0)
+
+
 @pytest.mark.parametrize("n_proposals", [0, 1.5, True])
 def test_senseless_numbers_are_refused(make, n_proposals):
     with pytest.raises(InputError, match="n_proposals"):
         make(n_proposals=n_proposals)
+
+
+def test_senseless_latent_steps_are_refused(make):
+    with pytest.raises(InputError, match="latent_share"):
+        make(latent_share=-0.1)
+    with pytest.raises(InputError, match="latent step"):
+        make(latent_share=0.1, latent_step=1.0)
 
 
 # -- inside openmmtools

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from itertools import pairwise
 
@@ -20,6 +21,7 @@ from openmm_bg import app as bg_app
 from openmm_bg.coordinates import InternalCoordinates
 from openmm_bg.errors import InputError
 from openmm_bg.generator import BoltzmannGenerator
+from openmm_bg.sampling.archive import save_arrays
 
 Sampler = bg_app.BoltzmannGeneratorSampler
 
@@ -434,10 +436,10 @@ def test_hook_can_be_overridden():
 # -- checkpoint and resume
 
 
-def run(directory, steps, resume=False, **options):
-    simulation = chain(**options) if not resume else chain(seed=99)
+def run(directory, steps, resume=False, generator=toys.chain_generator, **options):
+    simulation = chain(seed=99 if resume else 1)
     sampler = Sampler(
-        toys.chain_generator(),
+        generator(),
         simulation,
         10,
         3,
@@ -447,25 +449,45 @@ def run(directory, steps, resume=False, **options):
         checkpointFile=directory / "bg.chk",
         checkpointInterval=50,
         resume=resume,
+        **options,
     )
     simulation.step(steps - simulation.currentStep)
     return simulation, sampler
 
 
-def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
+LATENT = {"generator": toys.stretched_generator, "latentShare": 0.6, "latentStep": 0.5}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"energy": toys.CheapChain()}, id="two stages"),
+        pytest.param(LATENT, id="latent"),
+        pytest.param(LATENT | {"energy": toys.CheapChain()}, id="latent in two stages"),
+        pytest.param(LATENT | {"adaptationIterations": 3}, id="adapted before"),
+        pytest.param(LATENT | {"adaptationIterations": 12}, id="still adapting"),
+    ],
+)
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    expected, sampler = run(whole, 150)
+    expected, sampler = run(whole, 150, **options)
     x, v = positions_of(expected), velocities_of(expected)
-    run(parts, 87)  # killed: what follows the checkpoint at step 50 is lost
-    assert (parts / "bg.csv").read_text().count("\n") == 1 + 8 * 3
-    resumed, again = run(parts, 150, resume=True)
+    run(parts, 87, **options)  # killed: what follows the checkpoint at step 50 is lost
+    assert {line.split(",")[0] for line in (parts / "bg.csv").read_text().splitlines()[1:]} == {
+        str(10 * k) for k in range(1, 9)
+    }
+    resumed, again = run(parts, 150, resume=True, **options)
     np.testing.assert_array_equal(positions_of(resumed), x)
     np.testing.assert_array_equal(velocities_of(resumed), v)
     assert (parts / "bg.csv").read_bytes() == (whole / "bg.csv").read_bytes()
-    names = ("currentIteration", "numProposed", "numAccepted", "numRefused")
-    assert [getattr(again, n) for n in names] == [getattr(sampler, n) for n in names]
+    for name in (
+        "currentIteration", "numProposed", "numAccepted", "numRefused", "statistics", "proposalsPerIteration",
+        "latentStep", "adapting", "adaptationIterations",
+    ):  # fmt: skip
+        assert getattr(again, name) == getattr(sampler, name), name
     top = mdtraj.Topology.from_openmm(toys.chain_topology())
     frames = [mdtraj.load(str(folder / "bg.dcd"), top=top).xyz for folder in (whole, parts)]
     np.testing.assert_array_equal(*frames)
@@ -518,6 +540,12 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         Sampler(other, chain(), 10, 3, **arguments)
     with pytest.raises(InputError, match="stepsPerIteration=10"):
         Sampler(toys.chain_generator(), chain(), 20, 3, **arguments)
+    with pytest.raises(InputError, match="proposalsPerIteration=3"):
+        Sampler(toys.chain_generator(), chain(), 10, 4, **arguments)
+    with pytest.raises(InputError, match="twoStage=False"):
+        Sampler(toys.chain_generator(), chain(), 10, 3, **arguments, energy=toys.CheapChain())
+    with pytest.raises(InputError, match="adaptationIterations=0"):
+        Sampler(toys.chain_generator(), chain(), 10, 3, **arguments, adaptationIterations=4)
     with pytest.raises(InputError, match="does not fit"):
         Sampler(toys.chain_generator(), chain(platform="CPU"), 10, 3, **arguments)
     (tmp_path / "bg.csv").write_text("")
@@ -528,6 +556,16 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "bg.chk").write_bytes(b"garbage")
     with pytest.raises(InputError, match="damaged"):
         Sampler(toys.chain_generator(), chain(), 10, 3, **arguments)
+
+
+def test_checkpoints_of_the_first_format_are_refused_in_a_sentence(tmp_path):
+    run(tmp_path, 50)
+    with np.load(tmp_path / "bg.chk") as file:
+        arrays = dict(file)
+    header = json.loads(arrays.pop("header").item())
+    save_arrays(tmp_path / "old.chk", {**header, "format": 1}, **arrays)
+    with pytest.raises(InputError, match="another version of openmm_bg; start a new run from its last conformation"):
+        Sampler(toys.chain_generator(), chain(), 10, 3, checkpointFile=tmp_path / "old.chk", resume=True)
 
 
 def test_units_are_openmms():

@@ -12,7 +12,8 @@ from openmm import app, unit
 from torch import nn
 
 from openmm_bg.coordinates import InternalCoordinates, ZMatrix
-from openmm_bg.flows import Flow
+from openmm_bg.energies import Energy
+from openmm_bg.flows import Base, Flow, Transform, wrap
 from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.units import thermal_energy
 
@@ -238,3 +239,96 @@ def trimer():
     generator = BoltzmannGenerator(None, ProductFlow([1.9], [0.8]), coordinates, defensive=0)
     positions = np.array([[0.1, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.12, 0.0]])
     return system, topology, generator, positions
+
+
+# -- flows with latents, a molecule with constrained bonds to hydrogen, and cheap energies
+
+
+class Stretched(Transform):
+    """Normals stretched and moved; circles by the Moebius map that gathers them around the location."""
+
+    def __init__(self, location, scale, circular):
+        super().__init__(len(location))
+        self.register_buffer("location", torch.tensor(location, dtype=torch.float64))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
+        self.register_buffer("circular", torch.tensor(circular))
+
+    def _slope(self, z, k):
+        # of 2 atan(k tan(z / 2))
+        return k / (torch.cos(z / 2) ** 2 + (k * torch.sin(z / 2)) ** 2)
+
+    def forward(self, z, context=None):
+        turned = wrap(self.location + 2 * torch.atan2(self.scale * torch.sin(z / 2), torch.cos(z / 2)))
+        y = torch.where(self.circular, turned, self.location + self.scale * z)
+        log_det = torch.where(self.circular, self._slope(z, self.scale).log(), self.scale.log())
+        return y, log_det.sum(-1)
+
+    def inverse(self, y, context=None):
+        offset = y - self.location
+        angle = wrap(offset)
+        turned = 2 * torch.atan2(torch.sin(angle / 2), self.scale * torch.cos(angle / 2))
+        z = torch.where(self.circular, turned, offset / self.scale)
+        log_det = torch.where(self.circular, self._slope(angle, 1 / self.scale).log(), -self.scale.log())
+        return z, log_det.sum(-1)
+
+
+def latent_flow(location, scale, circular):
+    return Flow(Base(circular), Stretched(location, scale, circular))
+
+
+def stretched_generator(coordinates=None, topology=None, width=0.8, defensive=0.3):
+    """A generator of the chain with latents, too narrow and off; with a large share of its broadened copy."""
+    coordinates = InternalCoordinates(chain_zmatrix()) if coordinates is None else coordinates
+    centre = {"bond": BOND + 0.003, "angle": ANGLE - 0.1, "torsion": TORSION_PHASE + math.pi - 0.5}
+    spread = {"bond": width * BOND_SIGMA, "angle": width * ANGLE_SIGMA, "torsion": 0.6}
+    kinds = coordinates.kinds
+    flow = latent_flow([centre[k] for k in kinds], [spread[k] for k in kinds], [k == "torsion" for k in kinds])
+    return BoltzmannGenerator(None, flow, coordinates, topology=topology, defensive=defensive)
+
+
+def hydrogen_bonds_constrained():
+    """The chain with both bonds to its ends constrained: System, generator, positions.
+
+    The two constraints share no atom, so that their mass-metric factor is constant and the moments of what is left are
+    those of the free chain.
+    """
+    masses = (1.008, 16.0, 16.0, 1.008)
+    system = chain_system(masses)
+    constraints = [(0, 1, BOND), (2, 3, BOND)]
+    for constraint in constraints:
+        system.addConstraint(*constraint)
+    coordinates = InternalCoordinates(chain_zmatrix(), constraints=constraints, masses=masses)
+    generator = stretched_generator(coordinates, chain_topology())
+    q = torch.tensor([[BOND, ANGLE, ANGLE, 1.0]], dtype=torch.float64)
+    return system, generator, coordinates.inverse(q)[0][0].numpy()
+
+
+class CheapChain(Energy):
+    """A poor relative of the chain: bonds too soft and long, angles too small, no torsion at all."""
+
+    def __init__(self):
+        super().__init__((4, 3))
+
+    def reduced(self, x):
+        arms = x.diff(dim=1)
+        bonds = arms.norm(dim=-1)
+        angles = torch.acos(-(arms[:, 1:] * arms[:, :-1]).sum(-1) / (bonds[:, 1:] * bonds[:, :-1]))
+        stretch = ((bonds - BOND - 0.002) / BOND_SIGMA).square().sum(-1)
+        return 0.4 * stretch + 0.5 * ((angles - ANGLE + 0.05) / ANGLE_SIGMA).square().sum(-1)
+
+    def potential(self, x):
+        return self(x) * KT
+
+
+class HarmonicEnergy(Energy):
+    """A well of another stiffness than the harmonic System's."""
+
+    def __init__(self, stiffness):
+        super().__init__((3,))
+        self.stiffness = stiffness
+
+    def reduced(self, x):
+        return 0.5 * self.stiffness * SPRING * x.square().sum(-1) / KT
+
+    def potential(self, x):
+        return self(x) * KT
