@@ -6,7 +6,7 @@ from typing import Any
 
 from openmm_bg import flows, systems
 from openmm_bg.analysis import compare, report
-from openmm_bg.app import BoltzmannGeneratorSampler
+from openmm_bg.app import BoltzmannGeneratorSampler, LearnedReplicaExchangeSampler
 from openmm_bg.coordinates import InternalCoordinates, ZMatrix
 from openmm_bg.energies import ContextEnergy, Energy, ForceFieldEnergy, ThresholdSchedule, python_force, regularize
 from openmm_bg.errors import InputError
@@ -24,6 +24,8 @@ __all__ = [
     "ForceFieldEnergy",
     "InputError",
     "InternalCoordinates",
+    "LearnedReplicaExchangeSampler",
+    "MultiStateLearnedExchangeSampler",
     "Samples",
     "ThresholdSchedule",
     "Trajectory",
@@ -44,9 +46,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # openmmtools is slow to import and prints: only who asks for its move pays
-    if name == "BoltzmannGeneratorMove":
-        from openmm_bg.app import BoltzmannGeneratorMove
+    # openmmtools is slow to import and prints: only who asks for what derives from it pays
+    if name in ("BoltzmannGeneratorMove", "MultiStateLearnedExchangeSampler"):
+        from openmm_bg import app
 
-        return BoltzmannGeneratorMove
+        return getattr(app, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

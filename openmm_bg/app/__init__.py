@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from openmm_bg.app.learned_exchange import LearnedReplicaExchangeSampler
 from openmm_bg.app.sampler import BoltzmannGeneratorSampler
 
-__all__ = ["BoltzmannGeneratorMove", "BoltzmannGeneratorSampler"]
+__all__ = [
+    "BoltzmannGeneratorMove",
+    "BoltzmannGeneratorSampler",
+    "LearnedReplicaExchangeSampler",
+    "MultiStateLearnedExchangeSampler",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # openmmtools is slow to import and prints a banner, so the move that derives from it waits until it is
-    # asked for.
+    # openmmtools is slow to import and prints a banner, so what derives from it waits until it is asked for.
     if name == "BoltzmannGeneratorMove":
         from openmm_bg.app.move import BoltzmannGeneratorMove
 
         return BoltzmannGeneratorMove
+    if name == "MultiStateLearnedExchangeSampler":
+        from openmm_bg.app.learned_exchange_multistate import MultiStateLearnedExchangeSampler
+
+        return MultiStateLearnedExchangeSampler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -104,6 +104,7 @@ class GeneratorMap:
                     "settings."
                 )
 
+    @torch.no_grad()
     def forward(self, x: Tensor, frame: Any = None) -> Mapped:
         """T x with log|det T'(x)|.
 
@@ -114,26 +115,47 @@ class GeneratorMap:
         frame : Frame, optional
             Where T x is placed; by default where x stands.
         """
-        return self._carry(x, self.fast, self.target, frame)
-
-    def inverse(self, x: Tensor, frame: Any = None) -> Mapped:
-        """T^-1 x with log|det (T^-1)'(x)|; see :meth:`forward`."""
-        return self._carry(x, self.target, self.fast, frame)
+        z, log_q = self.fast.encode(x)
+        _, made = self._decode(z, log_q, self.fast.frame(x) if frame is None else frame)
+        return made
 
     @torch.no_grad()
-    def _carry(self, x: Tensor, source: _Generator | _Noise, sink: _Generator | _Noise, frame: Any) -> Mapped:
-        latents, log_q = source.encode(x)
+    def inverse(self, x: Tensor, frame: Any = None) -> Mapped:
+        """T^-1 x with log|det (T^-1)'(x)|; see :meth:`forward`."""
+        z, log_q = self.target.encode(x)
+        made, _ = self._decode(z, log_q, self.target.frame(x) if frame is None else frame)
+        return made
+
+    @torch.no_grad()
+    def exchange(self, fast: Tensor, target: Tensor) -> tuple[Mapped, Mapped]:
+        """``forward(fast)`` and ``inverse(target)``, each flow called once for both; for two generators.
+
+        What networks cost for a few conformations is the call, so this takes two thirds of the time.
+        """
+        (z, log_q), (other, other_log_q) = self.fast.encode(fast), self.target.encode(target)
+        here, there = self.fast.frame(fast), self.target.frame(target)
+        frame = None if here is None else type(here)(*(torch.cat(part) for part in zip(here, there, strict=True)))
+        up, down = self._decode(torch.cat([z, other]), torch.cat([log_q, other_log_q]), frame)
+        n = len(z)
+        return Mapped(*(part[:n] for part in down)), Mapped(*(part[n:] for part in up))
+
+    def _decode(self, latents: Tensor, log_q: Tensor, frame: Any) -> tuple[Mapped, Mapped]:
+        """What either flow makes of latents, whose conformation has the log density `log_q` under its own flow."""
         defined = torch.isfinite(log_q)
         latents = torch.where(defined[:, None], latents, 0.0)
-        frame = source.frame(x) if frame is None else frame
-        made = sink.decode(latents, frame)
-        found, log_q_new = sink.encode(made)
-        again, _ = source.encode(source.decode(latents, frame))
-        error = torch.maximum(self.target.distance(found, latents), self.target.distance(again, latents))
-        # the same test in both directions: where a configuration may go to, it may come back from
-        defined = defined & torch.isfinite(log_q_new) & (error <= ROUND_TRIP_TOLERANCE)
-        made = torch.where(defined.view(-1, *[1] * (made.ndim - 1)), made, math.nan)
-        return Mapped(made, torch.where(defined, log_q - log_q_new, -math.inf))
+        made = [space.decode(latents, frame) for space in (self.fast, self.target)]
+        found = [space.encode(x) for space, x in zip((self.fast, self.target), made, strict=True)]
+        # both flows have to lead back, whichever way is taken: what may be entered may be left
+        for z, log_q_new in found:
+            near = self.target.distance(z, latents) <= ROUND_TRIP_TOLERANCE
+            defined = defined & torch.isfinite(log_q_new) & near
+        return tuple(
+            Mapped(
+                torch.where(defined.view(-1, *[1] * (x.ndim - 1)), x, math.nan),
+                torch.where(defined, log_q - log_q_new, -math.inf),
+            )
+            for x, (_, log_q_new) in zip(made, found, strict=True)
+        )
 
 
 class _Generator:
