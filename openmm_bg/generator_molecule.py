@@ -84,6 +84,8 @@ def molecular_flow(
         raise InputError(f"flow must be 'spline', 'realnvp' or a Flow, not {kind!r}.")
     column = {int(row): i for i, row in enumerate(coordinates.torsion_rows) if row >= 0}
     torsions = [i for row, i in column.items() if zmatrix.free_torsions[row]]
+    # a peptide bond is cis or trans first and all else follows: given the others, a rare isomer has no place of its own
+    torsions.sort(key=lambda i: not _trigonal(zmatrix, int(coordinates.torsion_rows[i])))
     rotors = {column[i]: (column[j], column[k]) for i, j, k in zmatrix.rotors if {i, j, k} <= column.keys()}
     if coordinates.dimension == len(torsions):
         raise InputError("The System's constraints leave no bond and no angle free; constrain fewer of them.")
@@ -106,6 +108,11 @@ def molecular_flow(
         neighbours=_neighbours(zmatrix, coordinates, torsions),
         mixing=True,
     )
+
+
+def _trigonal(zmatrix: ZMatrix, row: int) -> bool:
+    """Whether this torsion turns the bond of two atoms of three neighbours each, which is planar mostly."""
+    return all(len(zmatrix.neighbours[int(atom)]) == 3 for atom in zmatrix.torsions[row][1:3])
 
 
 def _neighbours(zmatrix: ZMatrix, coordinates: InternalCoordinates, torsions: list[int]) -> list[tuple[int, int]]:

@@ -64,12 +64,39 @@ def test_free_torsions_and_rotors_are_those_of_chemistry(constraints):
             ("ACE CH3", "ACE C"), ("ALA CB", "ALA CA"), ("NME C", "NME N"),
         )
     }  # fmt: skip
+    # cis or trans is decided before anything else
+    assert {frozenset(torsion(column)[1:3]) for column in config["torsions"][:2]} == {
+        frozenset(("ACE C", "ALA N")), frozenset(("ALA C", "NME N"))
+    }  # fmt: skip
     hydrogens = {tuple(torsion(column)[0] for column in rotor) for rotor in config["rotors"]}
     assert hydrogens == {
         ("ACE H1", "ACE H2", "ACE H3"), ("ALA HB1", "ALA HB2", "ALA HB3"), ("NME H1", "NME H2", "NME H3")
     }  # fmt: skip
     assert sorted(config["torsions"] + config["stiff_torsions"]) == list(range(first, coordinates.dimension))
     assert "blocks" not in config  # files of joint networks keep their fingerprint
+
+
+def test_masks_part_coordinates_of_one_atom_and_of_bonded_ones(alanine, parts):
+    """Each stiff coordinate has neighbours, and a neighbour is never farther than the atom it hangs on."""
+    zmatrix, coordinates = parts
+    config = molecular_flow(alanine.topology, zmatrix, coordinates, "spline", 0, False).config()
+    rows = [row.tolist() for table in (zmatrix.bonds, zmatrix.angles, zmatrix.torsions) for row in table]
+    steps = dict(bond_distances(zmatrix))
+    moved = {i: rows[row][0] for i, row in enumerate(coordinates.free.tolist()) if i not in config["torsions"]}
+    assert {i for pair in config["neighbours"] for i in pair} == set(moved)
+    assert all(steps[moved[i]][moved[j]] <= 2 for i, j in config["neighbours"])
+    same = [(i, j) for i in moved for j in moved if i < j and moved[i] == moved[j]]
+    assert set(same) <= set(map(tuple, config["neighbours"]))
+
+
+def bond_distances(zmatrix):
+    """Bonds between every two atoms, breadth first."""
+    for start in range(zmatrix.num_atoms):
+        steps, edge = {start: 0}, [start]
+        while edge:
+            edge = [j for i in edge for j in zmatrix.neighbours[i] if steps.setdefault(j, steps[i] + 1) == steps[i] + 1]
+            edge = [j for j in dict.fromkeys(edge) if steps[j] == max(steps.values())]
+        yield start, steps
 
 
 def test_local_networks_know_the_residue_that_each_coordinate_places(alanine, parts):

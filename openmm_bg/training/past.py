@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from openmm_bg.training.masked import masked_median
+
 
 class Past(NamedTuple):
     """Samples of earlier steps.
@@ -27,8 +29,10 @@ class Past(NamedTuple):
     log_q: Tensor
 
 
-def recall(tensors: dict[str, Tensor], like: Tensor, size: int, n: int, generator: torch.Generator) -> Past:
-    """Some of the samples that ``tensors`` hold.
+def recall(
+    tensors: dict[str, Tensor], like: Tensor, size: int, n: int, generator: torch.Generator, temper: float = 0.0
+) -> Past:
+    """Some of the samples that ``tensors`` hold, rare ones more often.
 
     Parameters
     ----------
@@ -36,8 +40,10 @@ def recall(tensors: dict[str, Tensor], like: Tensor, size: int, n: int, generato
         An objective's; a ring of ``size`` samples without any value is made where it is wanted and there is none.
     like : Tensor, (batch, torsions)
     size, n : int
-        Samples held, and samples wanted; with replacement.
+        Samples held, and samples wanted, without replacement.
     generator : torch.Generator
+    temper : float
+        They are drawn in proportion to ``q^-temper`` of their density then.
     """
     if not n:
         return Past(like[:0], like.new_zeros(0), like.new_zeros(0))
@@ -45,8 +51,18 @@ def recall(tensors: dict[str, Tensor], like: Tensor, size: int, n: int, generato
         nothing = like.new_full((size,), math.nan)
         tensors |= {"past_torsions": like.new_zeros(size, like.shape[1]), "past_rest": nothing, "past_log_q": nothing}
         tensors["past_next"] = torch.zeros(1, dtype=torch.long, device=like.device)
-    rows = torch.randint(size, (n,), generator=generator, device=like.device)
+    log_q = tensors["past_log_q"]
+    known = torch.isfinite(log_q) & torch.isfinite(tensors["past_rest"])
+    rows = tempered_rows(log_q, known, temper, n, generator)
     return Past(*(tensors[f"past_{name}"][rows] for name in Past._fields))
+
+
+def tempered_rows(log_q: Tensor, known: Tensor, temper: float, n: int, generator: torch.Generator) -> Tensor:
+    """``n`` of the rows that are known, drawn without replacement in proportion to ``q^-temper``, e^3 times at most."""
+    excess = (-temper * (log_q - masked_median(log_q, known))).clamp(-8, 3)
+    # the largest of Gumbel-disturbed logarithms are such a draw
+    gumbel = -torch.empty_like(log_q).exponential_(generator=generator).log()
+    return torch.where(known, excess + gumbel, -math.inf).topk(n, sorted=False).indices
 
 
 def remember(tensors: dict[str, Tensor], new: Past) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from openmm_bg.flows import MolecularFlow
 from openmm_bg.training.masked import masked_median, masked_std
 from openmm_bg.training.objectives import Step
-from openmm_bg.training.past import Past, recall, remember
+from openmm_bg.training.past import Past, recall, remember, tempered_rows
 
 _POOL_AGE = 8
 
@@ -52,6 +52,8 @@ class ReversePath:
     memory, recall : int
         Batches whose torsions are kept with what was found there, and how many batches of them take part in each step's
         log-variance. They cost no energy; without them the torsions' density is what limits the effective sample size.
+    recall_temper : float
+        They are drawn from the memory with ``q^-recall_temper``: what is rare is seen again and again.
     """
 
     power: float = 0.5
@@ -64,6 +66,7 @@ class ReversePath:
     reach: float = 25.0
     memory: int = 64
     recall: int = 2
+    recall_temper: float = 0.4
     needs_data: bool = field(default=False, init=False)
     needs_energy: bool = field(default=True, init=False)
     state: dict[str, float] = field(default_factory=dict, init=False)
@@ -92,7 +95,7 @@ class ReversePath:
         t, explored = self._draw_torsions(flow, step)
         learns_torsions = flow.torsions is not None and self.variance > 0
         batches = self.recall if learns_torsions and self.memory else 0
-        past = recall(self.tensors, t, self.memory * len(t), batches * len(t), step.generator)
+        past = recall(self.tensors, t, self.memory * len(t), batches * len(t), step.generator, self.recall_temper)
         log_q_t, log_q_past = flow.log_prob_torsions(torch.cat([t, past.torsions])).split([len(t), len(past.rest)])
         y, log_q_y, score = flow.draw_stiff_with_score(t, step.generator)
         leaf = y.detach().requires_grad_()
@@ -144,11 +147,7 @@ class ReversePath:
             return t, torch.zeros(n, dtype=torch.bool, device=step.device)
         with torch.no_grad():
             many, log_q = self._pool(flow, step)
-            finite = torch.isfinite(log_q)
-            excess = (-self.temper * (log_q - masked_median(log_q, finite))).clamp(-8, 3)
-            # the largest of Gumbel-disturbed logarithms are a draw without replacement
-            gumbel = -torch.empty_like(log_q).exponential_(generator=step.generator).log()
-            chosen = torch.where(finite, excess + gumbel, -math.inf).topk(n, sorted=False).indices
+            chosen = tempered_rows(log_q, torch.isfinite(log_q), self.temper, n, step.generator)
             explored = torch.rand(n, **random) < self.explore * (1 - step.progress)
             other = torch.where(explored, torch.randint(len(many), (n,), **random), chosen)
             t = many[other].nan_to_num()
