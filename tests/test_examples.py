@@ -65,6 +65,25 @@ def test_add_bg_move(made):
     assert len(mdtraj.load(str(folder / "moves" / "trajectory.dcd"), top=str(folder / "made" / "molecule.pdb"))) == 2
 
 
+def test_two_stage_moves(made):
+    folder, _ = made
+    printed = run(folder, "two_stage_moves.py", "--generator", "made/generator.bg", "--steps", "2000")
+    assert '"Accepted, independent (%)","Moved, independent (%)"' in printed
+    tried, moved, accepted, evaluated = map(
+        int, re.search(r"(\d+) proposals, (\d+) moves of the scans, (\d+) of (\d+) ends accepted", printed).groups()
+    )
+    assert tried == 20 * 200 and moved > evaluated >= accepted and 1 <= evaluated <= 20
+
+
+def test_latent_moves(made):
+    folder, _ = made
+    printed = run(folder, "latent_moves.py", "--generator", "made/generator.bg", "--steps", "1500")
+    assert re.search(r"steps of length 0\.\d\d, \d+ proposals an iteration", printed)
+    assert re.search(r"^independent: \d+ of \d+ accepted", printed, re.M)
+    accepted, attempts = map(int, re.search(r"^latent: (\d+) of (\d+) accepted", printed, re.M).groups())
+    assert 0 < accepted <= attempts
+
+
 def test_what_add_bg_move_adds_to_an_ordinary_script_is_two_statements():
     text = (EXAMPLES / "add_bg_move.py").read_text()
     core = text.split("# -----")[1]
@@ -152,3 +171,9 @@ def test_moser_map(tmp_path):
     printed = run(tmp_path, "moser_map.py", "--short", "--output", "moser")
     assert "the Moser map" in printed and "bound on W2" in printed
     assert (tmp_path / "moser" / "moser_map.svg").exists()
+
+
+def test_learned_exchange(tmp_path):
+    printed = run(tmp_path, "learned_exchange.py", "--short", "--output", "exchange")
+    assert re.search(r"\d+ of 30 exchanges were accepted", printed)
+    assert len((tmp_path / "exchange" / "log.csv").read_text().splitlines()) == 31

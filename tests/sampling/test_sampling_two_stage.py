@@ -86,6 +86,21 @@ def test_a_scan_of_independent_proposals_is_the_chain_of_single_steps():
     assert (end.moved, end.tried) == (moved, 50)
 
 
+def test_what_follows_an_acceptance_is_drawn_anew():
+    proposals, drawn = Walks(1), []
+    take = proposals.take
+    proposals.take = lambda n, at: drawn.append((n, at, *take(n, at))) or drawn[-1][2:]
+    end = scan(proposals, well, KT, 60, np.zeros((1, 3)), np.random.default_rng(2))
+    tried = moved = 0
+    for (n, at, x, _), new in zip(drawn, [at for _, at, _, _ in drawn[1:]] + [end.positions], strict=True):
+        assert n == 60 - tried
+        chosen = [k for k in range(len(x)) if np.array_equal(x[k], new)]
+        # either one of the batch was accepted, and the rest was not tried, or all were tried in vain
+        assert chosen or np.array_equal(new, at)
+        tried, moved = tried + (chosen[0] + 1 if chosen else len(x)), moved + bool(chosen)
+    assert (tried, moved) == (60, end.moved) and moved > 5
+
+
 def test_scans_that_cannot_begin_are_refused():
     outside = np.full((1, 3), 4.0)
     end = scan(Normals(1), well, KT, 5, outside, np.random.default_rng(2))
