@@ -44,8 +44,9 @@ def save_checkpoint(sampler: BoltzmannGeneratorSampler, path: str | os.PathLike[
     if sampler._log is not None:
         header["logLength"] = sampler._log.length
     if sampler._trajectory is not None:
-        output = sampler._trajectory
-        header["trajectory"] = (output.frames, output.length, output.first_step)
+        header["trajectory"] = sampler._trajectory.mark
+    if sampler._states is not None:
+        header["states"] = sampler._states.mark
     arrays = {
         f"{source}_{name}": array
         for source, proposals in _sources(sampler).items()

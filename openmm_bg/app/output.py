@@ -144,12 +144,65 @@ class IterationTrajectory:
         """Bytes written so far."""
         return self._path.stat().st_size
 
-    def write(self, context: openmm.Context) -> None:
-        """Append the current positions of a Context, unwrapped."""
-        state = context.getState(positions=True)
+    def write(self, state: openmm.State) -> None:
+        """Append the positions of a State, unwrapped."""
         positions = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
         with open(self._path, "r+b") as file:
             app.DCDFile(file, *self._arguments, append=True).writeModel(
                 positions, periodicBoxVectors=state.getPeriodicBoxVectors()
             )
         self.frames += 1
+
+    @property
+    def mark(self) -> tuple[int, int, int]:
+        """Frames, bytes and first step: what a checkpoint keeps."""
+        return self.frames, self.length, self.first_step
+
+
+class WeightedTrajectory:
+    """Every conformation that an attempt ended in, once, with the number of consecutive attempts that did.
+
+    Weighted so, the frames are a sample of the ensemble that has more of it than one frame per iteration: with a good
+    generator almost every accepted proposal is independent of the one before.
+
+    Parameters
+    ----------
+    frames : IterationTrajectory
+        Where they are written; its steps and their interval do not apply.
+    weights : path
+        One line per frame: step and weight, comma-separated under a quoted header.
+    length : int, optional
+        Continue a file of weights that had this many bytes when the checkpoint was written.
+    """
+
+    def __init__(self, frames: IterationTrajectory, weights: str | os.PathLike[str], length: int | None = None):
+        self.frames = frames
+        self._weights = Path(weights)
+        self._visited: list[tuple[openmm.State, int]] = []
+        if length is None:
+            self._weights.write_text('"Step","Weight"\n', encoding="ascii")
+        else:
+            cut_back(self._weights, length)
+
+    @property
+    def mark(self) -> tuple[int, int, int, int]:
+        """That of the frames, and bytes of the weights: what a checkpoint keeps."""
+        return *self.frames.mark, self._weights.stat().st_size
+
+    def begin(self) -> None:
+        """Forget what a series that was interrupted has left."""
+        self._visited.clear()
+
+    def visit(self, context: openmm.Context, moved: bool) -> None:
+        """Count the conformation of a Context after an attempt, and whether it is a new one."""
+        if moved or not self._visited:
+            self._visited.append((context.getState(positions=True), 0))
+        state, weight = self._visited.pop()
+        self._visited.append((state, weight + 1))
+
+    def write(self, step: int) -> None:
+        """Append what was visited in one series of attempts."""
+        with open(self._weights, "a", encoding="ascii", newline="\n") as file:
+            for state, weight in self._visited:
+                self.frames.write(state)
+                file.write(f"{step},{weight}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -14,7 +14,7 @@ from openmm import app, unit
 
 from openmm_bg.app.checkpoint import load_checkpoint, save_checkpoint
 from openmm_bg.app.matching import check_constraints, check_molecule, has_virtual_sites, particle_indices
-from openmm_bg.app.output import AttemptLog, IterationTrajectory, refuse_existing
+from openmm_bg.app.output import AttemptLog, IterationTrajectory, WeightedTrajectory, refuse_existing
 from openmm_bg.app.walker import ContextWalker, snapshot
 from openmm_bg.energies import Energy
 from openmm_bg.errors import InputError
@@ -93,8 +93,10 @@ class BoltzmannGeneratorSampler:
       densities and the log of the acceptance ratio; with two stages or latent moves also the kind of move and how many
       proposals were tried and accepted in it.
     - A DCD trajectory with one frame per iteration, written after the moves.
+    - A DCD trajectory of every conformation that an attempt ended in, each once, and beside it, under the same name
+      with .csv at the end, the step and the number of attempts that it lasted: its weight.
     - A checkpoint file that holds the state of the Context and of the sampler. With resume=True a simulation
-      that was built in the same way continues from it: log and trajectory are cut back to the checkpoint,
+      that was built in the same way continues from it: log and trajectories are cut back to the checkpoint,
       and on the Reference platform the numbers are those of a run that was never interrupted. Like every
       OpenMM checkpoint it belongs to one platform and one machine type. Output of your own reporters is not
       cut back.
@@ -160,6 +162,7 @@ class BoltzmannGeneratorSampler:
         latentShare: float = 0.0,
         latentStep: float = 0.2,
         adaptationIterations: int = 0,
+        statesFile: str | os.PathLike[str] | None = None,
     ):
         """Create a sampler and add it to a Simulation.
 
@@ -195,6 +198,8 @@ class BoltzmannGeneratorSampler:
             Their length, between 0 and 1.
         adaptationIterations : int
             Iterations in which length and number are adapted.
+        statesFile : path, optional
+            The trajectory of all conformations, with weights in statesFile.csv.
 
         Raises
         ------
@@ -271,11 +276,12 @@ class BoltzmannGeneratorSampler:
         self._checkpointInterval = int(checkpointInterval)
         self._log: AttemptLog | None = None
         self._trajectory: IterationTrajectory | None = None
+        self._states: WeightedTrajectory | None = None
         if resume:
-            self._openOutput(logFile, trajectoryFile, load_checkpoint(self, checkpointFile))
+            self._openOutput(logFile, trajectoryFile, statesFile, load_checkpoint(self, checkpointFile))
         else:
             refuse_existing(checkpointFile)
-            self._openOutput(logFile, trajectoryFile, {})
+            self._openOutput(logFile, trajectoryFile, statesFile, {})
         simulation.reporters.append(_Actor(self))
 
     @property
@@ -342,10 +348,14 @@ class BoltzmannGeneratorSampler:
             virtual_sites=self._virtualSites,
             constraints=self._constraints,
         )
-        attempts = []
+        attempts: list[Attempt] = []
+        if self._states is not None:
+            self._states.begin()
         try:
             while not self._walker.finished:
                 attempts.append(self.attemptMove())
+                if self._states is not None:
+                    self._states.visit(context, attempts[-1].accepted)
         finally:
             self._walker = None
         accepted = sum(attempt.accepted for attempt in attempts)
@@ -358,6 +368,8 @@ class BoltzmannGeneratorSampler:
             self.statistics[attempt.kind].add(attempt)
         if self._log is not None:
             self._log.write(self.currentIteration, attempts)
+        if self._states is not None:
+            self._states.write(self.simulation.currentStep)
         return attempts
 
     def _iterate(self) -> None:
@@ -367,7 +379,7 @@ class BoltzmannGeneratorSampler:
         if self.adapting:
             self._adapt(attempts)
         if self._trajectory is not None:
-            self._trajectory.write(self.simulation.context)
+            self._trajectory.write(self.simulation.context.getState(positions=True))
         for reporter in self.reporters:
             reporter(self)
         if self._checkpointFile is not None and self.simulation.currentStep % self._checkpointInterval == 0:
@@ -394,26 +406,35 @@ class BoltzmannGeneratorSampler:
             )
         return kelvin(integrator.getTemperature())
 
-    def _openOutput(self, logFile: Any, trajectoryFile: Any, header: dict[str, Any]) -> None:
+    def _openOutput(self, logFile: Any, trajectoryFile: Any, statesFile: Any, header: Mapping[str, Any]) -> None:
         """Begin the output files, or continue those that the header of a checkpoint knows."""
-        simulation = self.simulation
         isPath = isinstance(logFile, (str, os.PathLike))
-        length = header.get("logLength")
-        frames, size, first = header.get("trajectory", (0, None, None))
-        refuse_existing(logFile if isPath and length is None else None, trajectoryFile if size is None else None)
+        length, marks = header.get("logLength"), header.get("states", (0, None, None, None))
+        weightsFile = None if statesFile is None else f"{os.fspath(statesFile)}.csv"
+        refuse_existing(
+            logFile if isPath and length is None else None,
+            None if "trajectory" in header else trajectoryFile,
+            *(() if "states" in header else (statesFile, weightsFile)),
+        )
         if logFile is not None:
             plain = self._latent is None and self._potential is None
             self._log = AttemptLog(logFile, length, header=isPath or not header, kinds=not plain)
         if trajectoryFile is not None:
-            self._trajectory = IterationTrajectory(
-                trajectoryFile,
-                simulation.topology,
-                simulation.integrator.getStepSize().value_in_unit(unit.picosecond),
-                self.stepsPerIteration,
-                simulation.currentStep + self.stepsPerIteration if first is None else first,
-                size,
-                frames,
-            )
+            self._trajectory = self._openTrajectory(trajectoryFile, *header.get("trajectory", (0, None, None)))
+        if statesFile is not None:
+            self._states = WeightedTrajectory(self._openTrajectory(statesFile, *marks[:3]), weightsFile, marks[3])
+
+    def _openTrajectory(self, path: Any, frames: int, length: int | None, first: int | None) -> IterationTrajectory:
+        simulation = self.simulation
+        return IterationTrajectory(
+            path,
+            simulation.topology,
+            simulation.integrator.getStepSize().value_in_unit(unit.picosecond),
+            self.stepsPerIteration,
+            simulation.currentStep + self.stepsPerIteration if first is None else first,
+            length,
+            frames,
+        )
 
 
 def _torchSeed(sequence: np.random.SeedSequence) -> int:

@@ -411,8 +411,24 @@ def test_trajectory_and_reporters_see_the_state_after_the_moves(tmp_path):
     np.testing.assert_allclose(frames, seen, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"energy": toys.CheapChain()}], ids=["every proposal", "two stages"])
+def test_states_file_holds_every_conformation_once_with_its_weight(tmp_path, options):
+    simulation = chain()
+    sampler = Sampler(toys.chain_generator(), simulation, 10, 8, seed=1, statesFile=tmp_path / "all.dcd", **options)
+    seen = []
+    move = sampler.attemptMove
+    sampler.attemptMove = lambda: (move(), seen.append((simulation.currentStep, positions_of(simulation))))[0]
+    simulation.step(60)
+    frames = mdtraj.load(str(tmp_path / "all.dcd"), top=mdtraj.Topology.from_openmm(toys.chain_topology())).xyz
+    rows = np.loadtxt(tmp_path / "all.dcd.csv", delimiter=",", skiprows=1, dtype=int)
+    assert len(frames) == len(rows) <= len(seen) and rows[:, 1].min() >= 1
+    steps, weights = rows.T
+    np.testing.assert_array_equal(np.repeat(steps, weights), [step for step, _ in seen])
+    np.testing.assert_allclose(np.repeat(frames, weights, 0), [x for _, x in seen], atol=1e-6)
+
+
 def test_existing_files_are_not_overwritten(tmp_path):
-    for name in ("logFile", "trajectoryFile", "checkpointFile"):
+    for name in ("logFile", "trajectoryFile", "checkpointFile", "statesFile"):
         path = tmp_path / "old"
         path.write_text("precious")
         other = tmp_path / f"{name}.csv"
@@ -446,6 +462,7 @@ def run(directory, steps, resume=False, generator=toys.chain_generator, **option
         seed=None if resume else 5,
         logFile=directory / "bg.csv",
         trajectoryFile=directory / "bg.dcd",
+        statesFile=directory / "all.dcd",
         checkpointFile=directory / "bg.chk",
         checkpointInterval=50,
         resume=resume,
@@ -482,17 +499,19 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, options):
     resumed, again = run(parts, 150, resume=True, **options)
     np.testing.assert_array_equal(positions_of(resumed), x)
     np.testing.assert_array_equal(velocities_of(resumed), v)
-    assert (parts / "bg.csv").read_bytes() == (whole / "bg.csv").read_bytes()
+    for name in ("bg.csv", "all.dcd.csv"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
     for name in (
         "currentIteration", "numProposed", "numAccepted", "numRefused", "statistics", "proposalsPerIteration",
         "latentStep", "adapting", "adaptationIterations",
     ):  # fmt: skip
         assert getattr(again, name) == getattr(sampler, name), name
     top = mdtraj.Topology.from_openmm(toys.chain_topology())
-    frames = [mdtraj.load(str(folder / "bg.dcd"), top=top).xyz for folder in (whole, parts)]
-    np.testing.assert_array_equal(*frames)
+    for name in ("all.dcd", "bg.dcd"):
+        frames = [mdtraj.load(str(folder / name), top=top).xyz for folder in (whole, parts)]
+        np.testing.assert_array_equal(*frames)
     assert len(frames[0]) == 15
-    assert sorted(p.name for p in parts.iterdir()) == ["bg.chk", "bg.csv", "bg.dcd"]
+    assert sorted(p.name for p in parts.iterdir()) == ["all.dcd", "all.dcd.csv", "bg.chk", "bg.csv", "bg.dcd"]
 
 
 def test_training_does_not_reach_a_running_sampler():
