@@ -36,6 +36,8 @@ from openmm_bg.sampling.reweighting import (
     reweighted_mean,
 )
 from openmm_bg.sampling.two_stage import scan
+from openmm_bg.sampling.walkers import Walkers
+from openmm_bg.sampling.worker_pool import WorkerPool, dask_executor
 
 __all__ = [
     "Attempt",
@@ -55,10 +57,13 @@ __all__ = [
     "ReplicaExchange",
     "ReplicaExchangeResult",
     "Trajectory",
+    "Walkers",
+    "WorkerPool",
     "annealed_transport",
     "bursts",
     "continuity_residual",
     "cool",
+    "dask_executor",
     "effective_sample_size",
     "fastest_platform",
     "forward_effective_sample_size",
