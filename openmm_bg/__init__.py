@@ -12,10 +12,11 @@ from openmm_bg.energies import ContextEnergy, Energy, ForceFieldEnergy, Threshol
 from openmm_bg.errors import InputError
 from openmm_bg.generator import BoltzmannGenerator, Samples
 from openmm_bg.sampling import Trajectory, annealed_transport, bursts, replica_exchange, simulate
-from openmm_bg.training import fit
+from openmm_bg.training import AdaptiveTraining, fit
 from openmm_bg.version import __version__
 
 __all__ = [
+    "AdaptiveTraining",
     "BoltzmannGenerator",
     "BoltzmannGeneratorMove",
     "BoltzmannGeneratorSampler",

@@ -36,7 +36,7 @@ class WorkerPool(Executor):
     Examples
     --------
     >>> with WorkerPool(2) as pool:    # doctest: +SKIP
-    ...     generator = bg.training.adapt(generator, molecule.positions, executor=pool)
+    ...     result = bg.AdaptiveTraining(generator, molecule.positions, executor=pool).run()
     """
 
     def __init__(self, workers: int | None = None) -> None:

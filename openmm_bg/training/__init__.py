@@ -1,8 +1,11 @@
-"""How a generator learns: one trainer, objectives, the default recipe."""
+"""How a generator learns: one trainer, objectives, the default recipe, and the walkers it moves itself."""
 
 from openmm_bg.generator import BoltzmannGenerator
+from openmm_bg.training.adaptive import AdaptiveTraining
+from openmm_bg.training.adaptive_state import AdaptiveResult, AdaptiveSettings
 from openmm_bg.training.annealed import TemperatureAnnealing
 from openmm_bg.training.budget import Budget
+from openmm_bg.training.convergence import Basin, Convergence, Figures
 from openmm_bg.training.fit import fit, relabel_rotors, to_flow_coordinates
 from openmm_bg.training.forward import ForwardPath
 from openmm_bg.training.gradient_flow import GradientFlowResidual, NoisedEnergy
@@ -16,9 +19,15 @@ from openmm_bg.training.trainer import Settings, Stage, Trainer, TrainingResult
 BoltzmannGenerator.fit = fit
 
 __all__ = [
+    "AdaptiveResult",
+    "AdaptiveSettings",
+    "AdaptiveTraining",
+    "Basin",
     "Budget",
     "ConstrainedMassTransport",
     "ContinuityResidual",
+    "Convergence",
+    "Figures",
     "ForwardPath",
     "GradientFlowResidual",
     "LogVariance",
