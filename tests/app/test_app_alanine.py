@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import openmm
 import pytest
+import torch
 from openmm import app
 
 import openmm_bg as bg
 from openmm_bg.analysis import backbone_dihedrals, populations, standard_error
-from openmm_bg.sampling import effective_sample_size, independence_acceptance
+from openmm_bg.sampling import LatentProposals, effective_sample_size, independence_acceptance
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -65,6 +66,21 @@ def test_acceptance_is_what_the_weights_predict(generator, chain):
     expected = independence_acceptance(weights)
     assert abs(chain[2].acceptanceRate - expected) < 0.06
     assert effective_sample_size(weights).fraction > 0.3
+
+
+def test_latent_steps_carry_the_density_of_the_flow(alanine, generator):
+    """Rotors, stiff torsions and all: what a step is weighed with is what its end has when looked at afresh."""
+    proposals = LatentProposals(generator, 1, step=0.05, batch_size=32)
+    x = generator.place(generator.sample_internal(1, torch.Generator().manual_seed(2))[0])[0].numpy()
+    start = proposals.log_prob(x)
+    placed, log_prob = proposals.take(32, x)
+    assert np.isfinite(log_prob).all() and np.abs(placed - x).max() < 0.2
+    q, log_volume = generator.coordinates(torch.tensor(np.concatenate([x[None], placed])))
+    with torch.no_grad():
+        expected = (generator.flow.log_prob(q) - log_volume).numpy()
+    np.testing.assert_allclose([start, *log_prob], expected, rtol=0, atol=1e-7)
+    potential = generator.energy.potential(torch.tensor(placed))
+    assert (potential < generator.energy.potential(torch.tensor(x)[None]) + 100).float().mean() > 0.5
 
 
 def test_weights_find_the_reference_populations(alanine, generator):

@@ -142,6 +142,12 @@ def test_chain_waits_for_the_first_possible_draw():
     assert chain.indices.tolist() == [1, 1, 1]
 
 
+def test_chain_climbs_from_weights_that_are_zero_beside_the_largest():
+    """A strained start has a weight that only its logarithm can hold."""
+    chain = independence_chain([-3000.0, -math.inf, -2000.0, -2900.0, 0.0], np.random.default_rng(0))
+    assert chain.indices.tolist() == [0, 0, 2, 2, 4]
+
+
 @pytest.mark.parametrize("bad", [[0.0], [0.0, math.nan], [0.0, math.inf], [-math.inf] * 2, [[0.0, 0.0]]])
 def test_unusable_weights_are_refused(bad):
     with pytest.raises(InputError):
