@@ -69,8 +69,8 @@ def decoupled_system(system: openmm.System, atoms: NDArray[np.int64], groups: in
             kept.removeForce(index)
         elif name not in _KNOWN:
             raise InputError(
-                f"The System has a {name}, from which a molecule cannot be decoupled; switching moves need a force field "
-                "whose nonbonded interactions are a NonbondedForce."
+                f"The System has a {name}, from which a molecule cannot be decoupled; switching moves need a force "
+                "field whose nonbonded interactions are a NonbondedForce."
             )
     nonbonded = [force for force in kept.getForces() if isinstance(force, openmm.NonbondedForce)]
     if len(nonbonded) != 1:

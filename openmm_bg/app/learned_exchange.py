@@ -80,7 +80,7 @@ class LearnedReplicaExchangeSampler(app.ReplicaExchangeSampler):
 
     References
     ----------
-    Invernizzi, Kramer, Clementi & Noe, J. Phys. Chem. Lett. 13, 11643 (2022).
+    Invernizzi, Kraemer, Clementi & Noe, J. Phys. Chem. Lett. 13, 11643 (2022).
     """
 
     def __init__(

@@ -16,7 +16,7 @@ the fast replica it is the independence move of a Boltzmann generator.
 
 References
 ----------
-Invernizzi, Kramer, Clementi & Noe, Skipping the replica exchange ladder with normalizing flows, J. Phys. Chem. Lett.
+Invernizzi, Kraemer, Clementi & Noe, Skipping the replica exchange ladder with normalizing flows, J. Phys. Chem. Lett.
 13, 11643 (2022).
 """
 
