@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace, key: dict) -> dict:
     folder = options.folder / name
     folder.mkdir(parents=True, exist_ok=True)
     free, molecule = load(options)
-    settings = RunSettings(seed=options.seed, **{"flow": options.flow or "spline"}, **options.set)
+    settings = RunSettings(seed=options.seed, data="exchange", **{"flow": options.flow or "spline"}, **options.set)
     generator = untrained(molecule, options)
     settings = settle(settings, free, generator)
     held, ladder, data, cost = None, None, None, {}

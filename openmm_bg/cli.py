@@ -21,14 +21,15 @@ probability density, and molecular dynamics accepts or rejects them exactly.
   openmm-bg run "ACE SER NME"                               a peptide by its residues, into results/ACE-SER-NME
   openmm-bg run my.pdb --temperature 310                    into results/my
   openmm-bg run my.pdb --resume
-  openmm-bg run my.pdb --budget 10min                       ten minutes of training, and the best of it
+  openmm-bg run my.pdb --budget 10min                       ten minutes of learning, and the best of it
+  openmm-bg run my.pdb --scheduler tcp://10.0.0.1:8786      its walkers on the workers of a Dask cluster
 """
 _EPILOG = """\
 A folder holds one run: molecule.pdb, system.xml, generator.bg, trajectory.dcd (MD with moves), moves.csv
 (every attempt), summary.json and report.html. A run that was stopped goes on with --resume.
 The steps of `run` can be taken one by one: simulate, train, sample, compare.
 """
-_BUDGET = "what all training may cost, in place of a number of steps: 10min, or 1e7 energy evaluations"
+_BUDGET = "what training and its walkers may cost, in place of a number of steps: 10min, or 1e7 energy evaluations"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,13 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for step, last, purpose in (
         ("run", "report", "from a molecule to an exact ensemble and a report, all steps"),
-        ("simulate", "simulate", "the first step alone: data by replica exchange, and plain MD"),
+        ("simulate", "simulate", "the first step alone: plain MD for comparison, and with --data exchange the data"),
     ):
         command = commands.add_parser(step, help=purpose, description=purpose, allow_abbrev=False)
         _begin(command)
         command.set_defaults(do=_start, last=last)
     for step, last, purpose in (
-        ("train", "train", "the second step: a generator from the data of a folder"),
+        ("train", "train", "the second step: a generator, from walkers that it moves itself or from the exchange"),
         ("sample", "sample", "the third step: draws with weights, and MD with moves"),
         ("compare", "report", "the last step: summary.json and report.html"),
     ):
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--output", required=True, metavar="DIR", help="the folder of a run that was begun")
         if step == "train":
             command.add_argument("--budget", metavar="B", help=_BUDGET)
+            _where(command)
         command.add_argument("--quiet", action="store_true", help="no progress bars")
         command.set_defaults(do=_continue, first=step, last=last)
     purpose = "the molecules and densities that are known by name"
@@ -119,11 +121,19 @@ def _begin(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how much")
     how.add_argument("--seed", type=int, metavar="N")
     how.add_argument("--flow", choices=("spline", "realnvp"))
-    how.add_argument("--ladders", type=int, metavar="N", help="replica exchanges side by side (default 16)")
-    how.add_argument("--exchange-iterations", type=int, metavar="N", help="frames of each (default: by its torsions)")
-    how.add_argument("--highest-temperature", type=float, metavar="K", help="of the replica exchange (default 1000)")
+    how.add_argument(
+        "--data",
+        choices=("adaptive", "exchange"),
+        help="walkers that the generator moves while it learns from them (default), or replica exchange beforehand",
+    )
+    how.add_argument("--walkers", type=int, metavar="N", help="adaptive: how many (default 128)")
+    how.add_argument("--rounds", type=int, metavar="N", help="adaptive: the most (default 8)")
+    how.add_argument("--round-steps", type=int, metavar="N", help="adaptive: MD of each walker in one (default 5000)")
+    how.add_argument("--ladders", type=int, metavar="N", help="exchange: how many side by side (default 16)")
+    how.add_argument("--exchange-iterations", type=int, metavar="N", help="exchange: frames of each ladder")
+    how.add_argument("--highest-temperature", type=float, metavar="K", help="at which walkers start (default 1000)")
     how.add_argument("--likelihood-steps", type=int, metavar="N", help="training on the data")
-    how.add_argument("--training-steps", type=int, metavar="N", help="training on the energy")
+    how.add_argument("--training-steps", type=int, metavar="N", help="training on the energy, the last if adaptive")
     how.add_argument("--budget", metavar="B", help=_BUDGET)
     how.add_argument("--md-steps", type=int, metavar="N", help="plain MD to compare with")
     how.add_argument("--production-steps", type=int, metavar="N", help="MD with moves")
@@ -135,7 +145,14 @@ def _begin(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="every step in well under a minute, to see that all works; its numbers mean little",
     )
+    _where(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_argument_group("where an adaptive run moves its walkers; the result does not depend on it")
+    where.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, such as tcp://10.0.0.1:8786")
 
 
 def _start(options: argparse.Namespace, command: str) -> None:
@@ -147,7 +164,7 @@ def _start(options: argparse.Namespace, command: str) -> None:
     with workflow.Run.start(
         options.molecule, options.output, _settings(options),
         forcefield=None if options.forcefield is None else tuple(options.forcefield), resume=options.resume,
-        command=command, say=_say, progress=not options.quiet,
+        command=command, say=_say, progress=not options.quiet, workers=options.workers, scheduler=options.scheduler,
     ) as run:  # fmt: skip
         run.run(options.last)
 
@@ -162,13 +179,16 @@ def _settings(options: argparse.Namespace) -> Any:
         return None
     if options.budget is not None and options.training_steps is not None:
         raise InputError("--budget takes the place of --training-steps; give one of them.")
-    return dataclasses.replace(RunSettings.rehearsal() if options.rehearsal else RunSettings(), **chosen)
+    if options.rehearsal:
+        return dataclasses.replace(RunSettings.rehearsal(options.data or RunSettings.data), **chosen)
+    return RunSettings(**chosen)
 
 
 def _continue(options: argparse.Namespace, command: str) -> None:
     from openmm_bg import workflow
 
-    with workflow.Run.open(options.output, say=_say, progress=not options.quiet) as run:
+    where = {name: getattr(options, name, None) for name in ("workers", "scheduler")}
+    with workflow.Run.open(options.output, say=_say, progress=not options.quiet, **where) as run:
         if getattr(options, "budget", None) is not None:
             run.set_budget(options.budget)
         run.run(options.last, options.first)

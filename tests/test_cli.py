@@ -130,6 +130,7 @@ def test_a_binary_file_is_no_molecule(call, tmp_path):
 # -- words and numbers that cannot be used
 
 ALA = ["alanine_dipeptide", "--output", "out"]
+EXCHANGE = [*ALA, "--data", "exchange"]
 WORDS = {
     "missing file": (["run", "nowhere.pdb", "--output", "out"], "There is no PDB file nowhere.pdb"),
     "a folder as a file": (["run", "./", "--output", "out"], "There is no PDB file"),
@@ -158,10 +159,27 @@ WORDS = {
     "temperature 0": (["run", *ALA, "--temperature", "0"], "temperature must be a positive finite number"),
     "temperature word": (["run", *ALA, "--temperature", "hot"], "invalid float value: 'hot'"),
     "hotter than the ladder": (["run", *ALA, "--temperature", "1200"], "must lie below the highest one"),
+    "ladders of walkers": (["run", *ALA, "--ladders", "4"], "ladders is of the data 'exchange', and these are"),
+    "walkers of ladders": (
+        ["run", *ALA, "--data", "exchange", "--walkers", "4"],
+        "walkers is of the data 'adaptive', and these are 'exchange'",
+    ),
+    "other data": (["run", *ALA, "--data", "md"], "invalid choice: 'md'"),
+    "one walker": (["run", *ALA, "--walkers", "1"], "walkers must be a whole number of at least 2"),
+    "few walkers": (["run", *ALA, "--walkers", "2", "--round-steps", "100"], "too few for 60 coordinates; give more w"),
+    "odd round": (["run", *ALA, "--round-steps", "99"], "interval must divide the 99 steps of a round"),
+    "no workers": (["run", *ALA, "--workers", "0"], "workers must be a whole number of at least 1"),
+    "small budget": (["run", *ALA, "--budget", "1e6"], "1000000 evaluations leaves too little for training"),
     "ladder nan": (["run", *ALA, "--highest-temperature", "nan"], "highest_temperature must be a positive finite"),
-    "zero frames": (["run", *ALA, "--exchange-iterations", "0"], "exchange_iterations must be a whole number of at"),
-    "one frame": (["simulate", *ALA, "--exchange-iterations", "1"], "exchange_iterations must be a whole number of"),
-    "no ladder": (["run", *ALA, "--ladders", "0"], "ladders must be a whole number of at least 1"),
+    "zero frames": (
+        ["run", *EXCHANGE, "--exchange-iterations", "0"],
+        "exchange_iterations must be a whole number of at",
+    ),
+    "one frame": (
+        ["simulate", *EXCHANGE, "--exchange-iterations", "1"],
+        "exchange_iterations must be a whole number of",
+    ),
+    "no ladder": (["run", *EXCHANGE, "--ladders", "0"], "ladders must be a whole number of at least 1"),
     "negative training": (["run", *ALA, "--training-steps", "-1"], "training_steps must be a whole number of at least"),
     "negative likelihood": (["run", *ALA, "--likelihood-steps", "-1"], "likelihood_steps must be a whole number"),
     "negative MD": (["run", *ALA, "--md-steps", "-500"], "md_steps must be a whole number of at least 1"),
@@ -205,7 +223,7 @@ def test_force_fields_that_cannot_be_used(call, tmp_path):
 
 def test_too_little_data_for_the_molecule_is_refused_before_it_is_made(call, tmp_path):
     path = Path(__file__).with_name("data") / "ace_ala_ala_nme.pdb"
-    settings = workflow.RunSettings(ladders=2, exchange_iterations=20, bursts=2)
+    settings = workflow.RunSettings(data="exchange", ladders=2, exchange_iterations=20, bursts=2)
     with pytest.raises(ValueError, match="training conformations are too few for 90 coordinates"):
         with workflow.Run.start(str(path), tmp_path / "out", settings):
             pass

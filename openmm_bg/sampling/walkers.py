@@ -175,9 +175,10 @@ class Walkers:
         temperature : Quantity or float
             K.
         steps, settling_steps : int
-            Enough to cross the barriers, and a few times 1 / friction.
+            Enough to cross the barriers (or none), and a few times 1 / friction.
         """
-        self.advance(steps, steps, temperature=temperature, progress=progress, label="heating")
+        if steps:
+            self.advance(steps, steps, temperature=temperature, progress=progress, label="heating")
         self.advance(settling_steps, settling_steps, progress=progress, label="settling")
 
     def move(self, generator: BoltzmannGenerator, proposals: int) -> Moves:

@@ -144,12 +144,8 @@ class AdaptiveTraining:
         self.budget = budget if budget is None or isinstance(budget, Budget) else Budget.parse(str(budget))
         self.log, self.checkpoint = (None if path is None else Path(path) for path in (log, checkpoint))
         s = self.settings
-        if self.budget is not None and self.budget.spent(0, 2 * s.least_dynamics) >= 1:
-            raise InputError(
-                f"A budget of {self.budget.evaluations} evaluations leaves too little for training, since the first "
-                f"and the last dynamics of {s.walkers} walkers take {s.least_dynamics} of them; give more, or fewer "
-                "walkers or steps."
-            )
+        if self.budget is not None:
+            s.check_budget(self.budget)
         self.walkers = Walkers(
             system, positions, temperature=temperature, walkers=s.walkers, timestep=s.timestep, friction=s.friction,
             seed=seed, executor=executor,
@@ -200,7 +196,7 @@ class AdaptiveTraining:
         """Dynamics of all walkers, and how the generator fares with frames that it has not seen."""
         s, amounts = self.state, self.settings
         with self._timed():
-            if s.round == 0 and amounts.heating_steps:
+            if s.round == 0:
                 self.walkers.heat(
                     amounts.heating_temperature, amounts.heating_steps, amounts.settling_steps, progress=self.progress
                 )
@@ -217,7 +213,8 @@ class AdaptiveTraining:
             s.verdict = f"The convergence test held in {s.passed} rounds in a row, after {s.round} rounds of training."
         elif self._spent() >= _SHARE or s.round >= amounts.rounds:
             s.phase = "close"
-            end = f"within {s.round} rounds" if self._spent() < _SHARE else "before half of the budget was spent"
+            rounds = f"within {s.round} round{'s' * (s.round != 1)}"
+            end = rounds if self._spent() < _SHARE else "before half of the budget was spent"
             in_vain = f"it held in {s.passed} of {self.convergence.rounds} rounds in a row"
             s.verdict = f"The convergence test did not hold {end}: {'; '.join(failures) or in_vain}."
         else:

@@ -17,6 +17,7 @@ from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.sampling.archive import load_arrays, save_arrays
 from openmm_bg.sampling.dynamics import whole_number
 from openmm_bg.sampling.walkers import Walkers
+from openmm_bg.training.budget import Budget
 from openmm_bg.training.convergence import Figures
 from openmm_bg.training.reservoir import Reservoir
 from openmm_bg.units import kelvin
@@ -85,6 +86,15 @@ class AdaptiveSettings:
     def least_dynamics(self) -> int:
         """Time steps of all walkers together before the first training and after the last."""
         return self.walkers * (self.heating_steps + self.settling_steps + 2 * self.steps)
+
+    def check_budget(self, budget: Budget) -> None:
+        """Refuse a budget of evaluations of which dynamics would leave less than half to training."""
+        if budget.spent(0, 2 * self.least_dynamics) >= 1:
+            raise InputError(
+                f"A budget of {budget.evaluations} evaluations leaves too little for training, since the first and the "
+                f"last dynamics of {self.walkers} walkers take {self.least_dynamics} of them; give more, or fewer "
+                "walkers or steps."
+            )
 
 
 _LEAST = {"likelihood_steps": 0, "heating_steps": 0, "walkers": 2, "draws": 100}

@@ -23,6 +23,7 @@ from openmm_bg.sampling import (
     log_normalizer,
 )
 from openmm_bg.units import thermal_energy
+from openmm_bg.workflow.data import held_out_frames
 from openmm_bg.workflow.settings import RunSettings
 
 _CHUNK = 16384
@@ -37,16 +38,18 @@ class Material:
     record : dict
         run.json.
     topology : openmm.app.Topology
-    md, exchange, chain : ndarray, (frames, atoms, 3)
-        Plain MD, the lowest temperature of the replica exchange, and MD with moves after each iteration.
+    md, chain : ndarray, (frames, atoms, 3)
+        Plain MD, and MD with moves after each iteration.
+    exchange : ndarray, (frames, atoms, 3), or None
+        The lowest temperature of the replica exchange; None for an adaptive run.
     samples : ndarray, (n, atoms, 3)
         The generator's draws; rows of NaN where they fell outside the support.
     log_weights, held_out_log_weights : ndarray
         -u - log_prob of the draws, and of frames that training never saw.
     accepted : ndarray of bool
         What became of every attempted move.
-    training : list of dict
-        Records of training.jsonl.
+    training, rounds : list of dict
+        Records of training.jsonl: of steps, and of the rounds of an adaptive run.
     quality : dict
         ESS, acceptance, forward figure and so on.
     """
@@ -55,8 +58,8 @@ class Material:
     topology: app.Topology
     md: np.ndarray
     md_energy: np.ndarray
-    exchange: np.ndarray
-    exchange_energy: np.ndarray
+    exchange: np.ndarray | None
+    exchange_energy: np.ndarray | None
     samples: np.ndarray
     sample_energy: np.ndarray
     log_weights: np.ndarray
@@ -65,6 +68,7 @@ class Material:
     chain_energy: np.ndarray
     accepted: np.ndarray
     training: list[dict[str, Any]]
+    rounds: list[dict[str, Any]]
     quality: dict[str, Any]
 
     @classmethod
@@ -76,8 +80,9 @@ class Material:
         log_weights = np.full(len(energy), -np.inf)
         usable = np.isfinite(log_prob) & np.isfinite(energy)
         log_weights[usable] = -energy[usable] - log_prob[usable]
-        exchange, md = Trajectory.load(folder / "exchange_frames.npz"), Trajectory.load(folder / "md.npz")
-        _, held_out = RunSettings(**record["settings"]).split(exchange.positions)
+        settings, md = RunSettings(**record["settings"]), Trajectory.load(folder / "md.npz")
+        exchange = Trajectory.load(folder / "exchange_frames.npz") if settings.data == "exchange" else None
+        held_out = held_out_frames(folder, settings)
         chain = read_dcd(folder / "trajectory.dcd", topology.getNumAtoms())
         if generator.energy is None:
             raise InputError(f"{folder / 'generator.bg'} holds no energy, so it is not the generator of a run.")
@@ -85,14 +90,15 @@ class Material:
             parts = [generator.energy(part) for part in torch.as_tensor(chain).split(_CHUNK)]
         held_out_log_weights = generator.log_weights(held_out).numpy()
         log_z, ess = log_normalizer(log_weights), effective_sample_size(log_weights)
+        log = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
         kt = thermal_energy(record["temperature"])
         return cls(
             record=record,
             topology=topology,
             md=md.positions,
             md_energy=md.potential_energy / kt,
-            exchange=exchange.positions,
-            exchange_energy=exchange.potential_energy / kt,
+            exchange=None if exchange is None else exchange.positions,
+            exchange_energy=None if exchange is None else exchange.potential_energy / kt,
             samples=samples,
             sample_energy=energy,
             log_weights=log_weights,
@@ -100,7 +106,8 @@ class Material:
             chain=chain,
             chain_energy=torch.cat(parts).numpy(),
             accepted=np.loadtxt(folder / "moves.csv", delimiter=",", skiprows=1, usecols=2, ndmin=1) > 0,
-            training=[json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()],
+            training=[line for line in log if "stage" in line],
+            rounds=[line for line in log if "stage" not in line],
             quality={
                 "ess": ess.fraction,
                 "ess_clipped": ess.clipped,

@@ -26,12 +26,13 @@ from openmm_bg.analysis import (
     to_svg,
     training_curves,
 )
-from openmm_bg.workflow.results import Results, is_good, verdict
+from openmm_bg.workflow.results import Results, is_good, training_cost, verdict
 
 _LOSS = "mean -log q"
 _LOWEST, _HIGHEST = -2.0, 12.0  # kT; what lies beyond in a profile is noise of single draws
 _DISTANCE = ("distance", "value", "floor", "debiased", "n", "verdict")
 _POPULATION = ("population, %", "reference", "MD with moves", "difference", "verdict")
+_REVERSED = ("population, %", "MD with moves", "reweighted draws", "difference", "verdict")
 
 
 def write(path: Path, results: Results) -> None:
@@ -53,6 +54,8 @@ def _lead(results: Results) -> list[str]:
         f"the generator proposed {settings['proposals_per_iteration']} whole conformations, each accepted or rejected "
         "exactly.",
     ]
+    if results.material.rounds:
+        text.append(f"The generator learned from walkers that it moved itself. {record['steps']['train']['verdict']}")
     if results.is_short:
         text.append("This run is far shorter than usual: it shows that everything works, and its numbers mean little.")
     return text
@@ -85,7 +88,7 @@ def _figures(results: Results) -> list[Figure]:
     m, ensembles = results.material, results.ensembles
     figures: list[Figure] = []
     shown = [name for name in ("MD", "generator", "reweighted", "MD with moves") if results.is_shown(name)]
-    profiled = [name for name in ("MD", "replica exchange", "reweighted", "MD with moves") if results.is_shown(name)]
+    profiled = [name for name in ensembles if name != "generator" and results.is_shown(name)]
     whole = results.is_shown("reweighted")
     again = " the same draws with their exact weights;" if whole else ""
     left_out = "" if whole else " Reweighted draws are left out: a handful of them holds all the weight."
@@ -168,16 +171,23 @@ def _tables(results: Results) -> list[Table]:
     tables = []
     if results.residues:
         tables += [_populations(results), _crossings(results)]
-    for name, comparison, caption in (
-        ("plain MD", results.against_md,
-         "The floor is the same distance between two blocked halves of the reference, at the same number of points: "
-         "nothing below it can be told apart."),
-        ("replica exchange", results.against_exchange,
-         "The exchange also supplied the training data; MD with moves is exact whatever the training was."),
-    ):  # fmt: skip
-        tables += _comparison(name, comparison, caption)
+    tables += _comparison(
+        "plain MD", results.against_md,
+        "The floor is the same distance between two blocked halves of the reference, at the same number of points: "
+        "nothing below it can be told apart.",
+    )  # fmt: skip
+    if results.against_other is not None:
+        tables += _comparison(
+            results.other, results.against_other,
+            "Independent draws have no blocks, so MD with moves is the side with a floor here. Both are exact, and "
+            "blind to what neither ever makes."
+            if results.material.exchange is None
+            else "The exchange also supplied the training data; MD with moves is exact whatever the training was.",
+        )  # fmt: skip
     diagnosis = results.summary["diagnosis"]
-    return [*tables, _generator(results.material.quality, diagnosis), *_basins(diagnosis), _cost(results)]
+    return [
+        *tables, _generator(results.material.quality, diagnosis), *_basins(diagnosis), *_rounds(results), _cost(results)
+    ]  # fmt: skip
 
 
 def _populations(results: Results) -> Table:
@@ -218,7 +228,8 @@ def _crossings(results: Results) -> Table:
 def _comparison(name: str, comparison: Comparison, caption: str) -> list[Table]:
     tables = [Table(f"MD with moves against {name}", _DISTANCE, comparison.distance_rows(), caption)]
     if comparison.populations:
-        tables.append(Table(f"Populations against {name}", _POPULATION, comparison.population_rows()))
+        sides = _POPULATION if comparison.sample_kish is None else _REVERSED
+        tables.append(Table(f"Populations against {name}", sides, comparison.population_rows()))
     return tables
 
 
@@ -252,6 +263,29 @@ def _basins(diagnosis: dict[str, Any]) -> list[Table]:
     return [Table("Basins of the generator", columns, rows, caption)] if rows else []
 
 
+def _rounds(results: Results) -> list[Table]:
+    """How adaptation went: every round as it was judged on frames that training had not seen."""
+    rows = []
+    for record in results.material.rounds:
+        if "figures" not in record:
+            continue
+        f, moves = record["figures"], record["moves"]
+        rows.append((
+            "the last training" if record.get("closed") else f"{record['round']}",
+            f"{100 * f['ess']:.1f} ({100 * f['ess_clipped']:.1f})",
+            f"{100 * f['forward']:.1f}",
+            format_value(math.inf if f["largest_log_ratio"] is None else f["largest_log_ratio"]),
+            f"{100 * moves['accepted'] / moves['tried']:.1f}" if moves["tried"] else "none tried",
+            "; ".join(record.get("failures", [])) or ("" if record.get("closed") else "held"),
+            f"{sum(record['evaluations'].values()):,}",
+            f"{record['seconds']:,.0f}",
+        ))  # fmt: skip
+    columns = ("after round", "ESS, % (clipped)", "forward figure, %", "largest log p/q", "walkers' moves accepted, %",
+               "convergence test", "evaluations so far", "seconds so far")  # fmt: skip
+    caption = results.summary["adaptation"]["verdict"] if rows else ""
+    return [Table("Rounds of adaptation", columns, rows, caption)] if rows else []
+
+
 def _number(value: float | None) -> float:
     """JSON has None for what was not measured."""
     return math.nan if value is None else value
@@ -268,11 +302,10 @@ def _cost(results: Results) -> Table:
     return Table(
         "What it cost", ("step", "force or energy evaluations", "seconds"),
         [
-            ("replica exchange", evaluations["replica exchange"], ""),
-            ("bursts", evaluations["bursts"], ""),
+            *((name, evaluations[name], "") for name in training_cost(results.material.record["steps"])),
             ("plain MD, for comparison", evaluations["plain MD"], ""),
-            ("simulate, all three", "", seconds["simulate"]),
-            ("train", evaluations["training"], seconds["train"]),
+            ("simulate, in all", "", seconds["simulate"]),
+            ("train, in all", "", seconds["train"]),
             ("independent draws", evaluations["independent draws"], ""),
             ("MD with moves", evaluations["MD with moves"], ""),
             ("sample, both", "", seconds["sample"]),
@@ -294,8 +327,8 @@ def _notes(results: Results) -> list[str]:
     if results.residues:
         notes.append(
             "φ > 0 leaves out the strip beyond 150°, into which the sheet leaks over ±180° without crossing a barrier. "
-            "Plain MD here is short. Where it made few transitions its own populations are not evidence, and the "
-            "replica exchange is the better reference."
+            "Plain MD here is short. Where it made few transitions its own populations are not evidence"
+            + (", and the replica exchange is the better reference." if results.material.exchange is not None else ".")
         )
     else:
         notes.append(

@@ -27,7 +27,7 @@ from openmm_bg.analysis import (
 from openmm_bg.analysis.diagnosis import jsonable
 from openmm_bg.errors import InputError
 from openmm_bg.workflow.material import Material
-from openmm_bg.workflow.settings import RunSettings
+from openmm_bg.workflow.settings import TRAINING_STEPS, RunSettings
 
 _FEW_TRANSITIONS = 10
 _FEW_DRAWS = 50
@@ -64,8 +64,12 @@ class Results:
     Attributes
     ----------
     material : Material
-    against_md, against_exchange : Comparison
-        MD with moves against either reference.
+    against_md : Comparison
+        MD with moves against plain MD.
+    other : str
+        What else it is held against: "replica exchange", or "the reweighted draws" of an adaptive run.
+    against_other : Comparison or None
+        None where too few draws hold all the weight.
     ensembles : dict of str to Ensemble
     residues : tuple of str
         Those with phi and psi; may be empty.
@@ -81,7 +85,8 @@ class Results:
 
     material: Material
     against_md: Comparison
-    against_exchange: Comparison
+    other: str
+    against_other: Comparison | None
     ensembles: dict[str, Ensemble]
     residues: tuple[str, ...]
     slowest: int
@@ -99,7 +104,7 @@ class Results:
         """Whether this was but a rehearsal."""
         record, usual = self.material.record, RunSettings()
         trained, simulated = record["steps"]["train"]["steps"], record["settings"]["md_steps"]
-        return 10 * trained < usual.training_steps or 10 * simulated < usual.md_steps
+        return 10 * trained < TRAINING_STEPS[record["settings"]["data"]] or 10 * simulated < usual.md_steps
 
     @property
     def observable(self) -> str:
@@ -116,12 +121,13 @@ class Results:
     @property
     def unmeasured(self) -> list[str]:
         """Populations that neither reference could confirm or contradict, for want of transitions."""
-        pairs = zip(self.against_md.populations, self.against_exchange.populations, strict=True)
-        return [_short(a.name) for a, b in pairs if a.agrees is None and b.agrees is None]
+        known = [self.against_md] if self.against_other is None else [self.against_md, self.against_other]
+        rows = zip(*(comparison.populations for comparison in known), strict=True)
+        return [_short(row[0].name) for row in rows if all(pair.agrees is None for pair in row)]
 
 
 def measure(material: Material) -> Results:
-    """Compare MD with moves to plain MD and to replica exchange, and weigh what everything cost."""
+    """Compare MD with moves to plain MD and to what else there is, and weigh what everything cost."""
     m = material
     inside = np.isfinite(m.log_weights)
     weights = np.exp(m.log_weights[inside] - m.log_weights[inside].max())
@@ -130,7 +136,7 @@ def measure(material: Material) -> Results:
         name: _ensemble(m, positions, energy, w, drawn=name in ("generator", "reweighted"), backbone=has_backbone)
         for name, positions, energy, w in (
             ("MD", m.md, m.md_energy, None),
-            ("replica exchange", m.exchange, m.exchange_energy, None),
+            *([] if m.exchange is None else [("replica exchange", m.exchange, m.exchange_energy, None)]),
             ("generator", m.samples[inside], m.sample_energy[inside], None),
             ("reweighted", m.samples[inside], m.sample_energy[inside], weights),
             ("MD with moves", m.chain, m.chain_energy, None),
@@ -144,16 +150,22 @@ def measure(material: Material) -> Results:
         "MD with moves": settings["steps_per_iteration"] + settings["proposals_per_iteration"],
     }
     series = {name: _series(ensembles[name]) for name in per_frame}
-    preparation = sum(_training_cost(steps).values())
+    preparation = sum(training_cost(steps).values())
     efficiency = {
         key: _efficiency({name: Chain(series[name][k], per_frame[name]) for name in per_frame}, preparation)
         for k, key in enumerate(residues or ("energy",))
     }
     slowest = _slowest(list(efficiency.values()))
     chains = {name: Chain(series[name][slowest], per_frame[name]) for name in per_frame}
-    against_md = _compare(m, m.md, m.md_energy, has_backbone)
-    against_exchange = _compare(m, m.exchange, m.exchange_energy, has_backbone)
-    results = Results(m, against_md, against_exchange, ensembles, residues, slowest, chains, efficiency, {})
+    moved = (m.chain, m.chain_energy)
+    against_md = _compare(m, (m.md, m.md_energy), moved, has_backbone)
+    other, against_other = "the reweighted draws", None
+    if m.exchange is not None:
+        other, against_other = "replica exchange", _compare(m, (m.exchange, m.exchange_energy), moved, has_backbone)
+    elif _kish(weights) >= _FEW_DRAWS:
+        # draws are independent and cannot be cut into blocks: the chain is the side that has a floor
+        against_other = _compare(m, moved, (m.samples[inside], m.sample_energy[inside]), has_backbone, weights)
+    results = Results(m, against_md, other, against_other, ensembles, residues, slowest, chains, efficiency, {})
     results.summary = _summary(results)
     return results
 
@@ -192,23 +204,36 @@ def _series(ensemble: Ensemble) -> np.ndarray:
     return left_handed(ensemble.backbone.phi.T).astype(float)
 
 
-def _compare(m: Material, reference: np.ndarray, energy: np.ndarray, backbone: bool) -> Comparison:
-    n = min(2000, len(reference) // 2, len(m.chain))
+def _compare(
+    m: Material,
+    reference: tuple[np.ndarray, np.ndarray],
+    samples: tuple[np.ndarray, np.ndarray],
+    backbone: bool,
+    weights: np.ndarray | None = None,
+) -> Comparison:
+    """Positions and energies of either side."""
+    n = min(2000, len(reference[0]) // 2, len(samples[0]))
     if backbone:
         return compare(
-            reference, m.chain, topology=m.topology, reference_energies=energy, sample_energies=m.chain_energy, n=n
-        )
+            reference[0], samples[0], topology=m.topology, reference_energies=reference[1],
+            sample_energies=samples[1], weights=weights, n=n,
+        )  # fmt: skip
     # no residue with phi and psi: what is left to compare is the energy
     rng = np.random.default_rng(0)
-    distance = measure_distance("energy W2", energy_w2, energy, m.chain_energy, rng, unit="kT")
-    return Comparison((distance,), (), len(reference), len(m.chain), None, n, 5, 0)
+    distance = measure_distance("energy W2", energy_w2, reference[1], samples[1], rng, weights=weights, unit="kT")
+    kish = None if weights is None else _kish(weights)
+    return Comparison((distance,), (), len(reference[0]), len(samples[0]), kish, n, 5, 0)
 
 
-def _training_cost(steps: dict[str, Any]) -> dict[str, int]:
+def training_cost(steps: dict[str, Any]) -> dict[str, int]:
+    """Evaluations for data and training, by name."""
+    simulate, train = steps["simulate"], steps["train"]
+    if "walker_evaluations" in train:
+        return {"walkers": train["walker_evaluations"], "training": train["evaluations"]}
     return {
-        "replica exchange": steps["simulate"]["exchange_evaluations"],
-        "bursts": steps["simulate"]["burst_evaluations"],
-        "training": steps["train"]["evaluations"],
+        "replica exchange": simulate["exchange_evaluations"],
+        "bursts": simulate["burst_evaluations"],
+        "training": train["evaluations"],
     }
 
 
@@ -264,10 +289,12 @@ def _summary(results: Results) -> dict[str, Any]:
         "left_handed_share": shares,
         "effective_samples": results.efficiency,
         "against_md": results.against_md.to_dict(),
-        "against_replica_exchange": results.against_exchange.to_dict(),
+        f"against_{results.other.removeprefix('the ').replace(' ', '_')}": None
+        if results.against_other is None
+        else results.against_other.to_dict(),
         "cost": {
             "force_evaluations": {
-                **_training_cost(steps),
+                **training_cost(steps),
                 "diagnosis": sum(steps[name]["diagnosis_evaluations"] for name in ("train", "sample")),
                 "plain MD": steps["simulate"]["md_evaluations"],
                 "independent draws": steps["sample"]["draw_evaluations"],
@@ -282,27 +309,40 @@ def _summary(results: Results) -> dict[str, Any]:
         "generator_sha256": steps["train"]["sha256"],
         "command": m.record["command"],
     }
+    if m.rounds:
+        summary["adaptation"] = {
+            "converged": steps["train"]["converged"],
+            "verdict": steps["train"]["verdict"],
+            "rounds": m.rounds,
+        }
     return jsonable(summary)
 
 
 def verdict(results: Results) -> str:
     """Whether MD with moves agrees with its references, and what could not be said."""
+    other = results.other
     missed = _never_reached(results.against_md)
     md = [name for name in _differs(results.against_md) if name not in missed]
-    exchange = _differs(results.against_exchange)
-    if exchange and md:
-        text = f"MD with moves differs from replica exchange in {_listed(exchange)}, from plain MD in {_listed(md)}."
-    elif exchange:
-        text = f"MD with moves agrees with plain MD, but differs from replica exchange in {_listed(exchange)}."
+    differs = [] if results.against_other is None else _differs(results.against_other)
+    if differs and md:
+        text = f"MD with moves differs from {other} in {_listed(differs)}, from plain MD in {_listed(md)}."
+    elif differs:
+        text = f"MD with moves agrees with plain MD, but differs from {other} in {_listed(differs)}."
+    elif results.against_other is None:
+        text = (
+            f"MD with moves differs from plain MD in {_listed(md)}."
+            if md
+            else "MD with moves agrees with plain MD wherever that went."
+        ) + f" A handful of draws holds all the weight, so {other} say nothing."
     elif md:
-        text = f"MD with moves agrees with replica exchange, but differs from plain MD in {_listed(md)}."
+        text = f"MD with moves agrees with {other}, but differs from plain MD in {_listed(md)}."
     elif missed:
         text = (
-            "MD with moves agrees with replica exchange within its error, and with plain MD wherever that went: "
+            f"MD with moves agrees with {other} within its error, and with plain MD wherever that went: "
             f"it never crossed to or from {_listed(missed)}."
         )
     else:
-        text = "MD with moves agrees with plain MD and with replica exchange within their errors."
+        text = f"MD with moves agrees with plain MD and with {other} within their errors."
     if not results.material.accepted.any():
         text += " Not one move was accepted, so this is plain MD."
     if results.unmeasured:
@@ -312,8 +352,10 @@ def verdict(results: Results) -> str:
 
 def is_good(results: Results) -> bool:
     """Whether a reader may take the verdict as it stands."""
+    if results.against_other is None:
+        return False
     missed = _never_reached(results.against_md)
-    differs = set(_differs(results.against_md)) - set(missed) or _differs(results.against_exchange)
+    differs = set(_differs(results.against_md)) - set(missed) or _differs(results.against_other)
     return bool(not differs and not results.unmeasured and results.material.accepted.any() and not results.is_short)
 
 

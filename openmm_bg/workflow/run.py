@@ -15,6 +15,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,29 @@ from openmm_bg.files import write_atomically
 from openmm_bg.generator import BoltzmannGenerator, Samples
 from openmm_bg.generator_file import refuse_code
 from openmm_bg.sampling import Trajectory, bursts, fastest_platform, simulate
+from openmm_bg.sampling.dynamics import whole_number
 from openmm_bg.systems import Molecule
+from openmm_bg.training import Figures
 from openmm_bg.units import nanometers
 from openmm_bg.version import __version__
 from openmm_bg.workflow import page
-from openmm_bg.workflow.data import TIMESTEP, exchange, settle
+from openmm_bg.workflow.data import (
+    LOOK,
+    TIMESTEP,
+    adaptation,
+    check_budget,
+    exchange,
+    executor_for,
+    held_out_frames,
+    save_held_out,
+    settle,
+)
 from openmm_bg.workflow.diagnosis import diagnose_generator
 from openmm_bg.workflow.material import Material
 from openmm_bg.workflow.record import LOCK, STEPS, locked, new_record, read_record, write_record
 from openmm_bg.workflow.results import Results, headline, measure
 from openmm_bg.workflow.settings import RunSettings
 from openmm_bg.workflow.source import canonical, is_file, is_sequence, load_molecule
-
-_LOOK = 20_000  # draws by which a generator is judged when it is trained
 
 
 class Run:
@@ -57,6 +68,10 @@ class Run:
         Takes the lines a person reads.
     progress : bool
         Bars with the remaining time on stderr, where that is a terminal.
+    workers : int, optional
+        Processes that move the walkers of an adaptive run, by default one for each core; no result depends on it.
+    scheduler : str, optional
+        Address of a Dask scheduler, whose workers do so instead.
 
     Use :meth:`start` or :meth:`open`.
 
@@ -66,11 +81,23 @@ class Run:
     ...     run.run()
     """
 
-    def __init__(self, folder: Path, record: dict[str, Any], *, say: Callable[[str], None], progress: bool):
+    def __init__(
+        self,
+        folder: Path,
+        record: dict[str, Any],
+        *,
+        say: Callable[[str], None],
+        progress: bool,
+        workers: int | None = None,
+        scheduler: str | None = None,
+    ):
         self.folder = folder
         self.record = record
         self.say = say
         self.progress = progress
+        self.workers = None if workers is None else whole_number(workers, "workers", minimum=1)
+        self.scheduler = scheduler
+        self.executor: Executor | None = None
         self.settings = RunSettings(**record["settings"])
         self._built: Molecule | None = None
 
@@ -87,6 +114,8 @@ class Run:
         command: str = "",
         say: Callable[[str], None] = print,
         progress: bool = True,
+        workers: int | None = None,
+        scheduler: str | None = None,
     ) -> Iterator[Run]:
         """Begin a run in a new or empty folder; with ``resume``, go on with the run the folder holds already.
 
@@ -104,12 +133,12 @@ class Run:
         resume : bool
         command : str
             Kept in run.json.
-        say, progress
+        say, progress, workers, scheduler
             See :class:`Run`.
         """
         folder = Path(folder)
         if resume and (folder / "run.json").exists():
-            with cls.open(folder, say=say, progress=progress) as run:
+            with cls.open(folder, say=say, progress=progress, workers=workers, scheduler=scheduler) as run:
                 run._check_same(source, settings, forcefield)
                 yield run
             return
@@ -122,19 +151,27 @@ class Run:
             hint = "continue the run it holds with --resume" if (folder / "run.json").exists() else "empty it"
             raise InputError(f"{folder} is not empty; choose another folder, or {hint}. Nothing was changed.")
         record = new_record(source, molecule, settings, command)
+        run = cls(folder, record, say=say, progress=progress, workers=workers, scheduler=scheduler)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
-            run = cls(folder, record, say=say, progress=progress)
             run._built = molecule
             run._write()
             yield run
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: Any, *, say: Callable[[str], None] = print, progress: bool = True) -> Iterator[Run]:
+    def open(
+        cls,
+        folder: Any,
+        *,
+        say: Callable[[str], None] = print,
+        progress: bool = True,
+        workers: int | None = None,
+        scheduler: str | None = None,
+    ) -> Iterator[Run]:
         """Open the folder of a run that was begun before."""
         folder = Path(folder)
-        run = cls(folder, read_record(folder), say=say, progress=progress)
+        run = cls(folder, read_record(folder), say=say, progress=progress, workers=workers, scheduler=scheduler)
         with locked(folder):
             yield run
 
@@ -166,6 +203,7 @@ class Run:
                 f"{self.folder} began its training for {theirs}, not {budget}: leave --budget out to go on with that, "
                 "or choose another folder."
             )
+        check_budget(settings)
         self.settings = settings
         self.record["settings"] = dataclasses.asdict(settings)
         self._write()
@@ -217,22 +255,29 @@ class Run:
 
     def run(self, last: str = "report", first: str = "prepare") -> None:
         """All steps that are not done yet, from ``first`` to ``last``."""
-        for number, step in enumerate(STEPS, 1):
-            if not STEPS.index(first) < number <= STEPS.index(last) + 1:
-                continue
-            if self.done(step):
-                self.say(f"[{number}/{len(STEPS)}] {step}: done before")
-                continue
-            again = step in self.record["begun"]
-            self.say(f"[{number}/{len(STEPS)}] {step}: {_PURPOSE[step]}{', going on' if again else ''}")
-            if not again:
-                self.record["begun"].append(step)
-                self._write()
-            getattr(self, step)()
-            if again:
-                # the seconds are those of the last leg alone
-                self.record["steps"][step]["resumed"] = True
-                self._write()
+        wanted = STEPS[STEPS.index(first) : STEPS.index(last) + 1]
+        walks = self.settings.data == "adaptive" and "train" in wanted and not self.done("train")
+        # a scheduler that is not there is missed at once, not after an hour of dynamics
+        with executor_for(self.workers, self.scheduler) if walks else contextlib.nullcontext() as self.executor:
+            for step in wanted:
+                self._take(step)
+
+    def _take(self, step: str) -> None:
+        heading = f"[{STEPS.index(step) + 1}/{len(STEPS)}] {step}: "
+        if self.done(step):
+            self.say(f"{heading}done before")
+            return
+        again = step in self.record["begun"]
+        purpose = _PURPOSE.get((step, self.settings.data)) or _PURPOSE[step]
+        self.say(f"{heading}{purpose}{', going on' if again else ''}")
+        if not again:
+            self.record["begun"].append(step)
+            self._write()
+        getattr(self, step)()
+        if again:
+            # the seconds are those of the last leg alone
+            self.record["steps"][step]["resumed"] = True
+            self._write()
 
     def prepare(self) -> None:
         """Molecule and System, written down."""
@@ -249,9 +294,20 @@ class Run:
         self._finish("prepare", started, {})
 
     def simulate(self) -> None:
-        """Replica exchange and bursts for training, plain MD for comparison."""
+        """Plain MD for comparison; and replica exchange with bursts, where data come from there."""
         self._require("simulate", "prepare")
         started, s, molecule = time.perf_counter(), self.settings, self.molecule()
+        numbers = self._exchange(molecule) if s.data == "exchange" else {}
+        md = simulate(
+            molecule.system, molecule.positions, temperature=molecule.temperature,
+            n_frames=max(1, s.md_steps // s.steps_per_iteration), steps_per_frame=s.steps_per_iteration,
+            timestep=TIMESTEP, seed=s.seed + 2, progress=self.progress,
+        )  # fmt: skip
+        md.save(self.path("md.npz"))
+        self._finish("simulate", started, {**numbers, "md_evaluations": md.force_evaluations})
+
+    def _exchange(self, molecule: Molecule) -> dict[str, Any]:
+        s = self.settings
         exchanged = exchange(molecule, s, self.path("exchange.npz"), progress=self.progress)
         frames = exchanged.trajectory(0)
         training, held_out = s.split(frames.positions)
@@ -260,53 +316,71 @@ class Run:
             timestep=TIMESTEP, progress=self.progress,
         )  # fmt: skip
         burst.save(self.path("training.npz"))
-        md = simulate(
-            molecule.system, molecule.positions, temperature=molecule.temperature,
-            n_frames=max(1, s.md_steps // s.steps_per_iteration), steps_per_frame=s.steps_per_iteration,
-            timestep=TIMESTEP, seed=s.seed + 2, progress=self.progress,
-        )  # fmt: skip
-        md.save(self.path("md.npz"))
         frames.save(self.path("exchange_frames.npz"))
-        self._finish("simulate", started, {
+        return {
             "exchange_evaluations": exchanged.force_evaluations,
             "exchange_acceptance": [round(float(a), 3) for a in np.nan_to_num(exchanged.acceptance)],
             "round_trips": int(exchanged.round_trips.sum()),
             "burst_evaluations": burst.force_evaluations,
             "training_frames": len(training),
             "held_out_frames": len(held_out),
-            "md_evaluations": md.force_evaluations,
-        })  # fmt: skip
+        }
 
     def train(self) -> None:
         """A generator, from data and energy."""
         self._require("train", "simulate")
         started, s, molecule = time.perf_counter(), self.settings, self.molecule()
         generator = generator_for(molecule, s)
-        data = Trajectory.load(self.path("training.npz"))
-        checkpoint = self.path("training.checkpoint")
-        result = generator.fit(
-            data.positions, steps=s.training_steps, likelihood_steps=s.likelihood_steps, budget=s.budget, seed=s.seed,
-            log=self.path("training.jsonl"), checkpoint=checkpoint, resume=checkpoint.exists(), progress=self.progress,
-        )  # fmt: skip
+        adaptive = s.data == "adaptive"
+        numbers = self._adapt(generator, molecule) if adaptive else self._fit(generator)
         generator.provenance |= {
             "openmm_bg": __version__,
             "molecule": molecule.name,
             "forcefield": list(molecule.forcefield),
-            "data": self.record["steps"]["simulate"],
+            "data": {"adaptive": True} if adaptive else self.record["steps"]["simulate"],
         }
         fingerprint = generator.save(self.path("generator.bg"))
-        self.say(f"      {result.steps:,} steps and {result.evaluations:,} energy evaluations")
-        draws = generator.sample(min(s.samples, _LOOK), seed=s.seed + 7)
+        self.say(f"      {numbers['steps']:,} steps and {numbers['evaluations']:,} energy evaluations")
+        draws = generator.sample(min(s.samples, LOOK), seed=s.seed + 7)
         diagnosis, spent = self._diagnose(generator, draws)
         self._finish("train", started, {
-            "evaluations": result.evaluations,
-            "steps": result.steps,
-            "skipped": result.skipped,
-            "rollbacks": result.rollbacks,
+            **numbers,
             "diagnosis": diagnosis,
             "diagnosis_evaluations": len(draws) + spent,
             "sha256": fingerprint,
         })  # fmt: skip
+
+    def _fit(self, generator: BoltzmannGenerator) -> dict[str, Any]:
+        s, checkpoint = self.settings, self.path("training.checkpoint")
+        result = generator.fit(
+            Trajectory.load(self.path("training.npz")).positions, steps=s.training_steps,
+            likelihood_steps=s.likelihood_steps, budget=s.budget, seed=s.seed, log=self.path("training.jsonl"),
+            checkpoint=checkpoint, resume=checkpoint.exists(), progress=self.progress,
+        )  # fmt: skip
+        return {name: getattr(result, name) for name in ("evaluations", "steps", "skipped", "rollbacks")}
+
+    def _adapt(self, generator: BoltzmannGenerator, molecule: Molecule) -> dict[str, Any]:
+        result = adaptation(
+            generator, molecule, self.settings, self.path("training.checkpoint"), executor=self.executor,
+            log=self.path("training.jsonl"), progress=self.progress, callback=self._tell,
+        ).run()  # fmt: skip
+        save_held_out(self.path("walkers.npz"), result.held_out)
+        spent = dict(result.evaluations)
+        return {
+            "evaluations": spent.pop("training"),
+            "walker_evaluations": sum(spent.values()),
+            **{name: getattr(result, name) for name in ("steps", "skipped", "rollbacks", "converged", "verdict")},
+        }
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        """A round of adaptation, in a line."""
+        what = "afterwards" if record.get("closed") else f"round {record['round']}"
+        moves = record["moves"]
+        moved = f"; {100 * moves['accepted'] / moves['tried']:.0f} % of the walkers' moves accepted" if moves else ""
+        if "figures" in record:
+            self.say(f"      {what}: {Figures.from_dict(record['figures'])}{moved}")
+        if record.get("closed"):
+            self.say(f"      {record['verdict']}")
 
     def sample(self) -> None:
         """Independent draws with weights, and MD with moves."""
@@ -364,10 +438,10 @@ class Run:
 
     def _diagnose(self, generator: BoltzmannGenerator, draws: Samples) -> tuple[dict[str, Any], int]:
         """Say, and return for run.json, where a generator loses its effective samples; and the evaluations it took."""
-        _, held_out = self.settings.split(Trajectory.load(self.path("exchange_frames.npz")).positions)
+        held_out = held_out_frames(self.folder, self.settings)
         diagnosis = diagnose_generator(
             generator, draws.positions, draws.log_weights.numpy(), held_out, generator.log_weights(held_out).numpy(),
-            self.settings.ladders,
+            self.settings.chains,
         )  # fmt: skip
         for finding in diagnosis.findings.values():
             self.say(f"      {finding}")
@@ -396,12 +470,14 @@ class Run:
         return measure(Material.load(self.folder, self.record, self.molecule().topology))
 
 
-_PURPOSE = {
+_PURPOSE: dict[Any, str] = {
     "prepare": "molecule, force field and coordinates",
-    "simulate": "replica exchange for training data, plain MD for comparison",
-    "train": "the generator, first on the data, then on the energy",
+    "simulate": "plain MD for comparison",
+    ("simulate", "exchange"): "replica exchange for training data, plain MD for comparison",
+    "train": "walkers of MD and the generator, in turn",
+    ("train", "exchange"): "the generator, first on the data, then on the energy",
     "sample": "independent draws, and MD with generator moves",
-    "compare": "against plain MD and replica exchange",
+    "compare": "of MD with moves, against everything else",
     "report": "the page",
 }
 

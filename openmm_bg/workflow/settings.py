@@ -16,6 +16,8 @@ from openmm_bg.units import kelvin
 _FEWEST_FRAMES = 20
 _LARGEST_SEED = 2**31 - 16  # OpenMM's seeds are 32-bit, and every part of a run takes one of its own
 
+# Training on the energy by where data come from: the last one of an adaptive run, or the only one.
+TRAINING_STEPS = {"adaptive": 5000, "exchange": 11_000}
 # The data of a molecule, where nothing else is asked for. Each torsion is one more thing to learn and to wait for.
 LADDERS = 16
 EXCHANGE_STEPS = 250
@@ -26,6 +28,13 @@ REPLICAS_PER_ROOT_ATOM = 1.28
 EQUILIBRATION = 0.2
 # The same by OpenMM, one ladder alone.
 SINGLE_ITERATIONS, SINGLE_STEPS, SINGLE_REPLICAS, SINGLE_EQUILIBRATION = 2400, 500, 6, 0.02
+# Walkers that run as a batch, and those that OpenMM runs one after the other.
+WALKERS, SINGLE_WALKERS = 128, 32
+# What belongs to one source of data alone.
+_OF = {
+    "adaptive": ("walkers", "rounds", "round_steps", "round_training_steps", "frame_interval", "settling_steps"),
+    "exchange": ("ladders", "replicas", "exchange_iterations", "exchange_steps", "equilibration_iterations"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,20 +47,29 @@ class RunSettings:
         K; None for the molecule's own.
     flow : str
         "spline" or "realnvp".
-    ladders, replicas, exchange_iterations, exchange_steps, highest_temperature
-        Replica exchange for the training data: how many ladders of how many temperatures side by side, and in each so
-        many iterations of so many steps, each a frame. None for what fits the molecule (:meth:`for_molecule`).
-    heating_steps, equilibration_iterations : int or None
-        Steps of all walkers at the highest temperature before their ladders begin, and iterations discarded then.
+    data : {"adaptive", "exchange"}
+        Where the data come from: walkers that the generator moves while it learns from them, or replica exchange before
+        all training. None below stands for what fits data and molecule (:meth:`for_molecule`).
+    highest_temperature : float
+        K, of the replica exchange, and at which walkers start.
+    heating_steps : int or None
+        Steps of all walkers there before everything else.
+    walkers, rounds, round_steps, frame_interval, settling_steps, round_training_steps : int or None
+        Adaptive: how many walkers; at most so many rounds of so many steps of each walker, with a frame every so many;
+        steps discarded after heating; training steps of the first round. See
+        :class:`~openmm_bg.training.AdaptiveSettings`.
+    ladders, replicas, exchange_iterations, exchange_steps, equilibration_iterations : int or None
+        Exchange: how many ladders of how many temperatures side by side, and in each so many iterations of so many
+        steps, each a frame, after so many that are discarded.
     held_out : float
-        Share of the exchange's frames, the last ones of each ladder, that training never sees.
+        Exchange: share of the frames, the last ones of each ladder, that training never sees.
     bursts : int
-        Short runs from every training frame.
+        Exchange: short runs from every training frame.
     likelihood_steps, training_steps : int
-        On the data, then on the energy.
+        On the data, then on the energy; of an adaptive run these are the steps of its last training.
     budget : str or None
-        What all training may cost in place of ``training_steps``: "10min" or "1e7" evaluations
-        (:meth:`openmm_bg.training.Budget.parse`).
+        What training may cost in place of ``training_steps``, with its walkers in an adaptive run: "10min" or "1e7"
+        evaluations (:meth:`openmm_bg.training.Budget.parse`).
     md_steps : int
         Plain MD to compare with, 1 fs each.
     production_steps, steps_per_iteration, proposals_per_iteration
@@ -68,17 +86,24 @@ class RunSettings:
 
     temperature: float | None = None
     flow: str = "spline"
+    data: str = "adaptive"
+    highest_temperature: float = 1000.0
+    heating_steps: int | None = None
+    walkers: int | None = None
+    rounds: int | None = None
+    round_steps: int | None = None
+    frame_interval: int | None = None
+    settling_steps: int | None = None
+    round_training_steps: int | None = None
     ladders: int | None = None
     replicas: int | None = None
     exchange_iterations: int | None = None
     exchange_steps: int | None = None
-    heating_steps: int | None = None
     equilibration_iterations: int | None = None
-    highest_temperature: float = 1000.0
     held_out: float = 0.2
     bursts: int = 16
     likelihood_steps: int = 400
-    training_steps: int = 11_000
+    training_steps: int | None = None
     budget: str | None = None
     md_steps: int = 2_000_000
     production_steps: int = 1_000_000
@@ -88,16 +113,20 @@ class RunSettings:
     seed: int = 2026
 
     @classmethod
-    def rehearsal(cls) -> RunSettings:
+    def rehearsal(cls, data: str = "adaptive") -> RunSettings:
         """Every step in well under a minute: to see that all works. Its numbers mean little."""
+        source: dict[str, int] = {
+            "adaptive": dict(walkers=32, rounds=2, round_steps=200, frame_interval=20, settling_steps=200,
+                             round_training_steps=30),
+            "exchange": dict(ladders=4, exchange_iterations=40, exchange_steps=100, replicas=4),
+        }.get(data, {})  # fmt: skip
         return cls(
-            ladders=4, exchange_iterations=40, exchange_steps=100, heating_steps=500, replicas=4, likelihood_steps=60,
-            training_steps=60, md_steps=20_000, production_steps=5_000, steps_per_iteration=100,
-            proposals_per_iteration=5, samples=2_000,
+            data=data, **source, heating_steps=500, likelihood_steps=60, training_steps=60, md_steps=20_000,
+            production_steps=5_000, steps_per_iteration=100, proposals_per_iteration=5, samples=2_000,
         )  # fmt: skip
 
     def for_molecule(self, torsions: int, atoms: int, *, batched: bool) -> RunSettings:
-        """The same with numbers for everything that was left to the molecule.
+        """The same with numbers for everything that was left to data and molecule.
 
         Parameters
         ----------
@@ -105,27 +134,44 @@ class RunSettings:
             Free ones, rotors included.
         atoms : int
         batched : bool
-            Whether many ladders can run as one batch. Where not, one ladder runs on OpenMM.
+            Whether many walkers or ladders can run as one batch. Where not, fewer walkers or one ladder run on OpenMM.
 
         Examples
         --------
         >>> alanine_dipeptide = RunSettings().for_molecule(7, 22, batched=True)
+        >>> alanine_dipeptide.walkers, alanine_dipeptide.heating_steps, alanine_dipeptide.ladders
+        (128, 4900, None)
+        >>> alanine_dipeptide = RunSettings(data="exchange").for_molecule(7, 22, batched=True)
         >>> alanine_dipeptide.ladders, alanine_dipeptide.replicas, alanine_dipeptide.exchange_iterations
         (16, 6, 105)
         """
+        usual = self._usual_exchange(torsions, atoms, batched) if self.data == "exchange" else {
+            "walkers": WALKERS if batched else SINGLE_WALKERS,
+            "rounds": 8,
+            "round_steps": 5000,
+            "frame_interval": 50,
+            "settling_steps": 4000,
+            "round_training_steps": 1000,
+            "heating_steps": HEATING_STEPS_PER_TORSION * torsions,
+        }  # fmt: skip
+        usual["training_steps"] = TRAINING_STEPS[self.data]
+        left = {name: value for name, value in usual.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **left)
+
+    def _usual_exchange(self, torsions: int, atoms: int, batched: bool) -> dict[str, int]:
         ladders = (LADDERS if batched else 1) if self.ladders is None else self.ladders
         many = ladders > 1
         iterations = self.exchange_iterations
         if iterations is None:
             iterations = max(_FEWEST_FRAMES, ITERATIONS_PER_TORSION * torsions) if many else SINGLE_ITERATIONS
-        usual = {
+        return {
+            "ladders": ladders,
+            "exchange_iterations": iterations,
             "replicas": max(4, round(REPLICAS_PER_ROOT_ATOM * math.sqrt(atoms))) if many else SINGLE_REPLICAS,
             "exchange_steps": EXCHANGE_STEPS if many else SINGLE_STEPS,
             "heating_steps": HEATING_STEPS_PER_TORSION * torsions if many else 0,
             "equilibration_iterations": max(2, int((EQUILIBRATION if many else SINGLE_EQUILIBRATION) * iterations)),
         }
-        left = {name: value for name, value in usual.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, ladders=ladders, exchange_iterations=iterations, **left)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -139,8 +185,15 @@ class RunSettings:
         if self.temperature is not None:
             object.__setattr__(self, "temperature", kelvin(self.temperature))
         object.__setattr__(self, "highest_temperature", kelvin(self.highest_temperature, "highest_temperature"))
-        if self.flow not in ("spline", "realnvp"):
-            raise InputError(f"flow must be 'spline' or 'realnvp', not {self.flow!r}.")
+        for name, allowed in (("flow", ("spline", "realnvp")), ("data", tuple(_OF))):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be '{allowed[0]}' or '{allowed[1]}', not {getattr(self, name)!r}.")
+        for data, names in _OF.items():
+            astray = [name for name in names if data != self.data and getattr(self, name) is not None]
+            if astray:
+                raise InputError(
+                    f"{astray[0]} is of the data '{data}', and these are '{self.data}'; leave it out, or choose those."
+                )
         for name in ("md_steps", "production_steps"):
             if getattr(self, name) < _FEWEST_FRAMES * self.steps_per_iteration:
                 raise InputError(
@@ -156,8 +209,15 @@ class RunSettings:
 
     @property
     def training_conformations(self) -> int:
-        """Ends of bursts that training will have."""
+        """Ends of bursts, or frames of walkers, that the first training will have."""
+        if self.data == "adaptive":
+            return self.walkers * (self.round_steps // self.frame_interval)
         return self.bursts * len(self.split(np.arange(self.ladders * self.exchange_iterations))[0])
+
+    @property
+    def chains(self) -> int:
+        """Independent chains that the held-out frames consist of, one after the other: walkers or ladders."""
+        return self.walkers if self.data == "adaptive" else self.ladders
 
     def split(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Training frames and held-out ones of the exchange, ``(ladders * iterations, ...)``."""
@@ -172,7 +232,7 @@ class RunSettings:
 
 _LEAST = {
     "exchange_iterations": _FEWEST_FRAMES, "replicas": 2, "heating_steps": 0, "equilibration_iterations": 0,
-    "likelihood_steps": 0, "samples": 100, "seed": 0,
+    "likelihood_steps": 0, "samples": 100, "seed": 0, "walkers": 2,
 }  # fmt: skip
 
 

@@ -22,12 +22,18 @@ def generator(alanine):
 
 
 SMALL = RunSettings(
-    ladders=3, replicas=4, exchange_iterations=20, exchange_steps=5, equilibration_iterations=2, heating_steps=600
+    data="exchange",
+    ladders=3,
+    replicas=4,
+    exchange_iterations=20,
+    exchange_steps=5,
+    equilibration_iterations=2,
+    heating_steps=600,
 )
 
 
 def test_alanine_dipeptide_costs_less_than_ten_million_evaluations(alanine, generator):
-    s = data.settle(RunSettings(), alanine, generator)
+    s = data.settle(RunSettings(data="exchange"), alanine, generator)
     walkers, iterations = s.ladders * s.replicas, s.equilibration_iterations + s.exchange_iterations
     exchange = walkers * (s.heating_steps + iterations * (s.exchange_steps + 1))
     bursts = s.training_conformations * 28  # 25 steps on average, two for velocities, one for the energy
@@ -35,9 +41,38 @@ def test_alanine_dipeptide_costs_less_than_ten_million_evaluations(alanine, gene
     assert exchange + bursts + s.training_steps * Settings().batch_size < 1e7
 
 
-def test_longer_chains_get_longer_ladders():
-    short = RunSettings().for_molecule(7, 22, batched=True)
+def test_an_adaptive_run_costs_less(alanine, generator):
+    """All rounds at their longest, and the last training."""
+    s = data.settle(RunSettings(), alanine, generator)
+    assert (s.walkers, s.heating_steps, s.ladders, s.training_steps) == (128, 4900, None, 5000)
+    amounts = data.adaptive_settings(s)
+    trained = sum(round(amounts.training_steps * amounts.growth**r) for r in range(2)) + amounts.closing_steps
+    dynamics = amounts.least_dynamics + 2 * amounts.walkers * amounts.steps
+    assert dynamics + trained * Settings().batch_size < 8e6  # two rounds of training are enough for most molecules
+    fixed = bg.systems.load("alanine_dipeptide", constraints=app.HBonds)
+    assert data.settle(RunSettings(), fixed, generator).walkers == 32
     long = RunSettings().for_molecule(23, 62, batched=True)
+    assert long.heating_steps / s.heating_steps == pytest.approx(23 / 7) and long.walkers == s.walkers
+    assert long.for_molecule(7, 22, batched=True) == long
+
+
+@pytest.mark.parametrize(
+    ("wrong", "phrase"),
+    [
+        ({"budget": "1e6"}, "leaves too little for training"),
+        ({"walkers": 2, "round_steps": 250}, "10 training conformations are too few for 60 coordinates; give more wal"),
+        ({"frame_interval": 49}, "interval must divide the 5000 steps"),
+        ({"highest_temperature": 280.0}, "must lie below the highest one, at which walkers start"),
+    ],
+)
+def test_what_an_adaptive_run_cannot_do_is_refused_beforehand(alanine, generator, wrong, phrase):
+    with pytest.raises(InputError, match=phrase):
+        data.settle(RunSettings(**wrong), alanine, generator)
+
+
+def test_longer_chains_get_longer_ladders():
+    short = RunSettings(data="exchange").for_molecule(7, 22, batched=True)
+    long = RunSettings(data="exchange").for_molecule(23, 62, batched=True)
     assert short.ladders == long.ladders and short.replicas < long.replicas
     for name in ("exchange_iterations", "heating_steps"):
         assert getattr(long, name) / getattr(short, name) == pytest.approx(23 / 7)
@@ -45,15 +80,15 @@ def test_longer_chains_get_longer_ladders():
     asked = dataclasses.replace(SMALL, replicas=None).for_molecule(23, 62, batched=True)
     assert asked.exchange_iterations == 20 and asked.replicas == long.replicas
     assert asked.for_molecule(7, 22, batched=True) == asked
-    RunSettings().for_molecule(0, 5, batched=True)
+    RunSettings(data="exchange").for_molecule(0, 5, batched=True)
 
 
 def test_what_no_batch_can_run_has_one_ladder(generator):
     fixed = bg.systems.load("alanine_dipeptide", constraints=app.HBonds)
-    one = data.settle(RunSettings(), fixed, generator)
+    one = data.settle(RunSettings(data="exchange"), fixed, generator)
     assert (one.ladders, one.exchange_iterations, one.exchange_steps, one.heating_steps) == (1, 2400, 500, 0)
     with pytest.raises(InputError, match="it has constraints; give one ladder"):
-        data.settle(RunSettings(ladders=16), fixed, generator)
+        data.settle(RunSettings(data="exchange", ladders=16), fixed, generator)
 
 
 def test_one_ladder_is_the_plain_replica_exchange(alanine, tmp_path):

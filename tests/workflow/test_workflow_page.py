@@ -60,8 +60,8 @@ def material(alanine) -> Material:
     ).to_dict()  # fmt: skip
     record = {
         "name": "alanine_dipeptide", "description": "Alanine dipeptide.", "temperature": 300.0, "atoms": 22,
-        "forcefield": ["amber99sbildn.xml"], "settings": dataclasses.asdict(RunSettings()), "command": "",
-        "versions": {}, "system_sha256": "0" * 64, "steps": steps,
+        "forcefield": ["amber99sbildn.xml"], "settings": dataclasses.asdict(RunSettings(data="exchange")),
+        "command": "", "versions": {}, "system_sha256": "0" * 64, "steps": steps,
     }  # fmt: skip
     return Material(
         record=record, topology=alanine.topology, md=md, md_energy=md_energy, exchange=exchange,
@@ -72,6 +72,7 @@ def material(alanine) -> Material:
             {"seconds": 1.0, "stage": "likelihood", "nll": -200.0},
             {"seconds": 2.0, "stage": "energy", "nll": 5.0, "log_variance": 1.5, "ess": 0.4},
         ],
+        rounds=[],
         quality={
             "ess": 0.9, "ess_clipped": 0.9, "n": 600, "acceptance": 0.8, "forward": 0.9, "largest_log_ratio": 1.0,
             "held_out_frames": 100, "log_z": 0.0, "log_z_error": 0.01,
@@ -116,7 +117,7 @@ def test_a_chain_of_another_law_is_called_different(material):
 
 def only_left(results):
     """Results that rest on nothing but the population of phi > 0."""
-    for name in ("against_md", "against_exchange"):
+    for name in ("against_md", "against_other"):
         comparison = getattr(results, name)
         left = tuple(p for p in comparison.populations if "left" in p.name)
         setattr(results, name, dataclasses.replace(comparison, distances=(), populations=left))
@@ -167,3 +168,68 @@ def test_infinities_and_uneven_weights_are_shown_as_what_they_are(material, tmp_
     run_page.write(tmp_path / "report.html", results)
     page = (tmp_path / "report.html").read_text()
     assert "Reweighted draws are left out" in page and "some of them are out of reach" in page
+
+
+# -- adaptive runs, which have no replica exchange
+
+
+@pytest.fixture
+def adaptive(material) -> Material:
+    """The same ensembles, as an adaptive run leaves them."""
+    figures = {"ess": 0.7, "ess_clipped": 0.72, "forward": 0.6, "largest_log_ratio": None}
+    moves = {"tried": 200, "accepted": 150, "refused": 0}
+    common = {"moves": moves, "evaluations": {"dynamics": 900, "training": 100}, "seconds": 12.0}
+    rounds = [
+        {**common, "round": 0, "failures": ["nothing was trained yet"], "moves": {}},
+        {**common, "round": 1, "failures": ["the largest log p/q is inf, above 6"], "figures": figures},
+        {**common, "round": 2, "failures": [], "figures": {**figures, "largest_log_ratio": 2.5}},
+        {**common, "round": 2, "closed": True, "figures": {**figures, "largest_log_ratio": 1.5}},
+    ]
+    steps = {**material.record["steps"], "simulate": {**STEP, "md_evaluations": 200_000}}
+    steps["train"] = {
+        **steps["train"], "walker_evaluations": 70_000, "converged": True, "verdict": "The convergence test held."
+    }  # fmt: skip
+    record = {**material.record, "steps": steps, "settings": dataclasses.asdict(RunSettings())}
+    return dataclasses.replace(material, record=record, exchange=None, exchange_energy=None, rounds=rounds)
+
+
+def test_an_adaptive_run_is_held_against_its_reweighted_draws(adaptive, tmp_path):
+    results = measure(adaptive)
+    assert verdict(results) == "MD with moves agrees with plain MD and with the reweighted draws within their errors."
+    assert is_good(results) and "replica exchange" not in results.ensembles
+    summary = json.loads(json.dumps(results.summary, allow_nan=False))
+    assert summary["adaptation"]["converged"] and len(summary["adaptation"]["rounds"]) == 4
+    assert "against_replica_exchange" not in summary and summary["against_reweighted_draws"]["sample_kish"] > 300
+    cost = summary["cost"]["force_evaluations"]
+    assert (cost["walkers"], cost["training"]) == (70_000, 5000)
+    moves = summary["effective_samples"]["ALA2"]["MD with moves"]
+    assert moves["per_million_evaluations_with_training"] == pytest.approx(
+        1e6 * moves["effective_samples"] / (400 * 510 + 75_000)
+    )
+    run_page.write(tmp_path / "report.html", results)
+    page = re.sub(r"<[^>]*>", " ", (tmp_path / "report.html").read_text())
+    for text in ("Rounds of adaptation", "the largest log p/q is inf, above 6", "the last training", "75.0", "held",
+                 "Populations against the reweighted draws", "The convergence test held."):  # fmt: skip
+        assert text in page, text
+    assert "replica exchange" not in page and "bursts" not in page
+
+
+def test_draws_of_another_law_are_called_different(adaptive):
+    results = measure(dataclasses.replace(adaptive, sample_energy=adaptive.sample_energy + 4))
+    assert not is_good(results) and "differs from the reweighted draws in energy W2" in verdict(results)
+
+
+def test_weights_that_one_draw_holds_are_no_evidence(adaptive, tmp_path):
+    log_weights = np.where(np.arange(600) == 300, 60.0, adaptive.log_weights)
+    results = measure(dataclasses.replace(adaptive, log_weights=log_weights))
+    assert results.against_other is None and not is_good(results)
+    assert "A handful of draws holds all the weight, so the reweighted draws say nothing." in verdict(results)
+    assert results.summary["against_reweighted_draws"] is None
+    run_page.write(tmp_path / "report.html", results)
+    assert "Populations against the reweighted draws" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_short_adaptive_run_says_so(adaptive):
+    steps = {**adaptive.record["steps"], "train": {**adaptive.record["steps"]["train"], "steps": 400}}
+    short = dataclasses.replace(adaptive, record={**adaptive.record, "steps": steps})
+    assert measure(short).is_short and not measure(adaptive).is_short

@@ -26,10 +26,12 @@ from openmm_bg.workflow.material import read_dcd
 from openmm_bg.workflow.settings import RunSettings
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-BRIEF = [
-    "--rehearsal", "--exchange-iterations", "20", "--likelihood-steps", "20", "--training-steps", "10",
-    "--md-steps", "2000", "--production-steps", "5000", "--samples", "200", "--quiet",
+SHORT = [
+    "--rehearsal", "--training-steps", "10", "--md-steps", "2000", "--production-steps", "5000", "--samples", "200",
+    "--quiet",
 ]  # fmt: skip
+BRIEF = [*SHORT, "--data", "exchange", "--exchange-iterations", "20", "--likelihood-steps", "20"]
+ADAPTIVE = [*SHORT, "--rounds", "1", "--likelihood-steps", "10", "--workers", "1"]
 FILES = {
     "prepare": ("molecule.pdb", "system.xml"),
     "simulate": ("exchange.npz", "exchange_frames.npz", "training.npz", "md.npz"),
@@ -351,7 +353,7 @@ def test_a_molecule_without_backbone_torsions(tmp_path, capsys):
     folder = tmp_path / "run"
     source = tmp_path / "amide.pdb"
     shutil.copy(DATA / "n_methylacetamide.pdb", source)
-    assert cli.main(["run", str(source), "--output", str(folder), *BRIEF, "--temperature", "310"]) == 0
+    assert cli.main(["run", str(source), "--output", str(folder), *ADAPTIVE, "--temperature", "310"]) == 0
     assert "the potential energy:" in capsys.readouterr().out
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["temperature_K"] == 310 and summary["left_handed_share"] == {}
@@ -369,7 +371,7 @@ def test_a_molecule_of_two_residues_by_its_sequence(tmp_path, monkeypatch, capsy
     folder, built = tmp_path / "run", []
     peptide = bg.systems.peptide
     monkeypatch.setattr(bg.systems, "peptide", lambda *a, **k: built.append(a) or peptide(*a, **k))
-    assert cli.main(["run", "ACE ALA ALA NME", "--output", str(folder), *BRIEF]) == 0
+    assert cli.main(["run", "ACE ALA ALA NME", "--output", str(folder), *ADAPTIVE]) == 0
     assert built == [("ACE ALA ALA NME",)]  # once
     assert run_json(folder)["source"] == "ACE ALA ALA NME"
     assert cli.main(["run", "ACE  ALA ALA NME", "--output", str(folder), "--resume", "--quiet"]) == 0
@@ -389,9 +391,11 @@ def test_a_molecule_of_two_residues_by_its_sequence(tmp_path, monkeypatch, capsy
 def test_settings_say_what_is_wrong():
     for wrong in (
         {"held_out": 0.0}, {"held_out": float("nan")}, {"held_out": True},
-        {"exchange_iterations": 100, "held_out": 0.005}, {"replicas": 1}, {"bursts": True}, {"samples": 1e5},
+        {"data": "exchange", "exchange_iterations": 100, "held_out": 0.005}, {"data": "exchange", "replicas": 1},
+        {"bursts": True}, {"samples": 1e5}, {"walkers": 1}, {"rounds": 0}, {"data": "md"}, {"ladders": 4},
+        {"data": "exchange", "walkers": 20},
         {"temperature": float("nan")}, {"steps_per_iteration": 10**6}, {"flow": "spine"},
-        {"budget": "a while"}, {"ladders": 0}, {"heating_steps": -1},
+        {"budget": "a while"}, {"data": "exchange", "ladders": 0}, {"heating_steps": -1},
     ):  # fmt: skip
         with pytest.raises(InputError) as caught:
             RunSettings(**wrong)
