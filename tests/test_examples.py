@@ -84,6 +84,17 @@ def test_latent_moves(made):
     assert 0 < accepted <= attempts
 
 
+def test_adaptive(tmp_path):
+    printed = run(tmp_path, "adaptive.py", "--short", "--workers", "1", "--output", "made")
+    assert "The convergence test did not hold within 1 round: the " in printed
+    assert re.search(r"^ESS \d.* on 160 frames that training never saw$", printed, re.M)
+    rounds = [row for row in rows_of(tmp_path / "made" / "adaptive.jsonl") if "stage" not in row]
+    assert [row["round"] for row in rounds] == [0, 1, 1]
+    assert (tmp_path / "made" / "generator.bg").exists()
+    # what is done is done
+    assert run(tmp_path, "adaptive.py", "--short", "--workers", "1", "--output", "made") == printed
+
+
 def test_what_add_bg_move_adds_to_an_ordinary_script_is_two_statements():
     text = (EXAMPLES / "add_bg_move.py").read_text()
     core = text.split("# -----")[1]
