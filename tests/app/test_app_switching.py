@@ -176,7 +176,7 @@ def perturbation_work_only(walker, steps):
 
 def test_averages_are_wrong_without_the_shadow_work(equilibrium, monkeypatch):
     monkeypatch.setattr(switching_walker, "switch", perturbation_work_only)
-    z = deviation(surrounded_sampler(0.028, 5), equilibrium)
+    z = deviation(surrounded_sampler(0.028, 3), equilibrium)
     assert z[2] < -5
 
 
