@@ -6,7 +6,7 @@ from typing import Any
 
 from openmm_bg import flows, systems
 from openmm_bg.analysis import compare, report
-from openmm_bg.app import BoltzmannGeneratorSampler, LearnedReplicaExchangeSampler
+from openmm_bg.app import BoltzmannGeneratorSampler, LearnedReplicaExchangeSampler, SwitchingSampler
 from openmm_bg.coordinates import InternalCoordinates, ZMatrix
 from openmm_bg.energies import ContextEnergy, Energy, ForceFieldEnergy, ThresholdSchedule, python_force, regularize
 from openmm_bg.errors import InputError
@@ -28,6 +28,7 @@ __all__ = [
     "LearnedReplicaExchangeSampler",
     "MultiStateLearnedExchangeSampler",
     "Samples",
+    "SwitchingSampler",
     "ThresholdSchedule",
     "Trajectory",
     "ZMatrix",

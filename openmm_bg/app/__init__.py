@@ -6,12 +6,14 @@ from typing import Any
 
 from openmm_bg.app.learned_exchange import LearnedReplicaExchangeSampler
 from openmm_bg.app.sampler import BoltzmannGeneratorSampler
+from openmm_bg.app.switching import SwitchingSampler
 
 __all__ = [
     "BoltzmannGeneratorMove",
     "BoltzmannGeneratorSampler",
     "LearnedReplicaExchangeSampler",
     "MultiStateLearnedExchangeSampler",
+    "SwitchingSampler",
 ]
 
 

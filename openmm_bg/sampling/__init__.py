@@ -35,6 +35,7 @@ from openmm_bg.sampling.reweighting import (
     resample,
     reweighted_mean,
 )
+from openmm_bg.sampling.switching import switch
 from openmm_bg.sampling.two_stage import scan
 from openmm_bg.sampling.walkers import Walkers
 from openmm_bg.sampling.worker_pool import WorkerPool, dask_executor
@@ -80,4 +81,5 @@ __all__ = [
     "reweighted_mean",
     "scan",
     "simulate",
+    "switch",
 ]
