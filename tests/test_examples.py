@@ -84,6 +84,13 @@ def test_latent_moves(made):
     assert 0 < accepted <= attempts
 
 
+def test_explicit_water(made):
+    folder, _ = made
+    printed = run(folder, "explicit_water.py", "--generator", "made/generator.bg", "--short", "--output", "water")
+    assert re.search(r"\d+ of 2 moves were accepted\ntotal work: -?\d+\.\d kT on average", printed)
+    assert len((folder / "water" / "moves.csv").read_text().splitlines()) == 3
+
+
 def test_adaptive(tmp_path):
     printed = run(tmp_path, "adaptive.py", "--short", "--workers", "1", "--output", "made")
     assert "The convergence test did not hold within 1 round: the " in printed
