@@ -3,7 +3,7 @@
     python adaptive.py --output results/adaptive
 
 Rounds of dynamics, a look at the generator with frames it has not seen, training and generator moves, until the
-convergence test holds. Whoever has a Dask cluster passes `distributed.Client(address).get_executor()` for the pool.
+convergence test holds. On a Dask cluster, `bg.sampling.dask_executor(address)` takes the place of the pool.
 """
 
 import argparse

@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -75,7 +76,8 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
-def dask_executor(address: str) -> Executor:
+@contextmanager
+def dask_executor(address: str) -> Iterator[Executor]:
     """The executor of a Dask scheduler; chunks run wherever it has workers, which need openmm_bg.
 
     Parameters
@@ -87,6 +89,11 @@ def dask_executor(address: str) -> Executor:
     ------
     InputError
         If ``distributed`` is not installed, or nothing answers there.
+
+    Examples
+    --------
+    >>> with dask_executor("tcp://10.0.0.1:8786") as executor:    # doctest: +SKIP
+    ...     result = bg.AdaptiveTraining(generator, molecule.positions, executor=executor).run()
     """
     try:
         import distributed
@@ -98,8 +105,9 @@ def dask_executor(address: str) -> Executor:
         client = distributed.Client(address, timeout="10s")
     except (OSError, ValueError) as error:
         raise InputError(f"There is no Dask scheduler at {address}: {error}.") from None
-    # what failed once must be run, not remembered
-    return client.get_executor(pure=False)
+    with client:
+        # what failed once must be run, not remembered
+        yield client.get_executor(pure=False)
 
 
 def _begin() -> None:

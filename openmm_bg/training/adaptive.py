@@ -43,6 +43,8 @@ from openmm_bg.units import kelvin
 _SHARE = 0.5
 # Maximum likelihood in a round that has found what the generator had missed, as a share of that in the first.
 _AGAIN = 0.25
+# Failures that a verdict names; a long chain has many basins. All of them are in the log.
+_NAMED = 5
 
 
 class AdaptiveTraining:
@@ -216,7 +218,9 @@ class AdaptiveTraining:
             rounds = f"within {s.round} round{'s' * (s.round != 1)}"
             end = rounds if self._spent() < _SHARE else "before half of the budget was spent"
             in_vain = f"it held in {s.passed} of {self.convergence.rounds} rounds in a row"
-            s.verdict = f"The convergence test did not hold {end}: {'; '.join(failures) or in_vain}."
+            more = [f"and {len(failures) - _NAMED} more"] if len(failures) > _NAMED else []
+            why = "; ".join([*failures[:_NAMED], *more]) or in_vain
+            s.verdict = f"The convergence test did not hold {end}: {why}."
         else:
             s.phase = "learn"
 

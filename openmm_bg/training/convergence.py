@@ -68,8 +68,8 @@ class Figures:
     forward, largest_log_ratio : float
         On the frames: :func:`~openmm_bg.sampling.forward_effective_sample_size` and
         :func:`~openmm_bg.sampling.largest_log_ratio`.
-    draws, held_out : int
-        How many of each.
+    draws, held_out, unreachable : int
+        How many of each, and of the frames those that lie outside the generator's support.
     basins : dict of str to Basin
     """
 
@@ -80,6 +80,7 @@ class Figures:
     largest_log_ratio: float
     draws: int
     held_out: int
+    unreachable: int
     basins: dict[str, Basin]
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,9 +123,9 @@ def measure(
     held_out = generator.log_weights(flat if generator.coordinates is not None else flat.reshape(len(flat), -1)).numpy()
     samples = generator.sample(draws, seed=seed)
     log_w = samples.log_weights.numpy()
-    ess = effective_sample_size(log_w)
+    ess, unreachable = effective_sample_size(log_w), int(np.isposinf(held_out).sum())
     if ess.fraction == 0:
-        return Figures(0.0, 0.0, 0.0, 0.0, math.inf, draws, len(flat), {})
+        return Figures(0.0, 0.0, 0.0, 0.0, math.inf, draws, len(flat), unreachable, {})
     log_z = log_normalizer(log_w).value
     basins = {}
     if regions is not None:
@@ -132,7 +133,7 @@ def measure(
         basins = {name: _basin(drawn[name], log_w, seen[name].reshape(walkers, -1)) for name in drawn}
     return Figures(
         ess.fraction, ess.clipped, independence_acceptance(log_w), forward_effective_sample_size(held_out, log_z),
-        largest_log_ratio(held_out, log_z), draws, len(flat), basins,
+        largest_log_ratio(held_out, log_z), draws, len(flat), unreachable, basins,
     )  # fmt: skip
 
 
@@ -206,9 +207,11 @@ class Convergence:
         for name, value in (("effective sample size", now.ess), ("clipped effective sample size", now.ess_clipped)):
             if not value >= self.ess:
                 failed.append(f"the {name} is {100 * value:.1f} %, below {100 * self.ess:g} %")
-        if not now.forward >= self.forward:
+        if now.unreachable:
+            failed.append(f"{now.unreachable} of {now.held_out} frames lie outside the generator's support")
+        elif not now.forward >= self.forward:
             failed.append(f"the forward figure is {100 * now.forward:.1f} %, below {100 * self.forward:g} %")
-        if not now.largest_log_ratio <= self.largest_log_ratio:
+        if not now.unreachable and not now.largest_log_ratio <= self.largest_log_ratio:
             failed.append(f"the largest log p/q is {now.largest_log_ratio:.1f}, above {self.largest_log_ratio:g}")
         for name, basin in now.basins.items():
             past = None if before is None else before.basins.get(name)

@@ -337,7 +337,7 @@ class Run:
             "openmm_bg": __version__,
             "molecule": molecule.name,
             "forcefield": list(molecule.forcefield),
-            "data": {"adaptive": True} if adaptive else self.record["steps"]["simulate"],
+            "data": {"walkers": s.walkers} if adaptive else self.record["steps"]["simulate"],
         }
         fingerprint = generator.save(self.path("generator.bg"))
         self.say(f"      {numbers['steps']:,} steps and {numbers['evaluations']:,} energy evaluations")

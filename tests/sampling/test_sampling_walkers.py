@@ -123,20 +123,20 @@ def test_dask_gives_the_same_frames(tmp_path, monkeypatch):
     expected = stretch(some())
     monkeypatch.setattr(chunks, "propagate", dying_once)
     monkeypatch.setenv("DYING_ONCE", str(tmp_path / "died"))
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=tmp_path, silence_logs=50
-    ) as cluster:
-        assert_same(stretch(some(dask_executor(cluster.scheduler_address))), expected)
+    options = dict(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=tmp_path, silence_logs=50)
+    with distributed.LocalCluster(**options) as cluster, dask_executor(cluster.scheduler_address) as executor:
+        assert_same(stretch(some(executor)), expected)
     assert (tmp_path / "died").exists()
 
 
 def test_dask_that_is_not_there_is_one_sentence(monkeypatch):
     pytest.importorskip("distributed", reason=NO_DASK)
-    with pytest.raises(InputError, match="There is no Dask scheduler at nowhere"):
-        dask_executor("nowhere")
+    with pytest.raises(InputError, match="There is no Dask scheduler at nowhere"), dask_executor("nowhere"):
+        pass
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(InputError, match=r"not installed; pip install openmm_bg\[dask\]"):
-        dask_executor("tcp://127.0.0.1:1")
+    missing = pytest.raises(InputError, match=r"not installed; pip install openmm_bg\[dask\]")
+    with missing, dask_executor("tcp://127.0.0.1:1"):
+        pass
 
 
 # -- workers that die and chunks that fail

@@ -343,7 +343,7 @@ def test_settings_say_what_is_wrong(change):
 # -- the test that ends it
 
 BASIN = Basin(0.3, 0.003, 0.28, 0.05)
-GOOD = Figures(0.8, 0.81, 0.8, 0.75, 3.0, 1000, 500, {"left": BASIN})
+GOOD = Figures(0.8, 0.81, 0.8, 0.75, 3.0, 1000, 500, 0, {"left": BASIN})
 
 
 def changed(**changes) -> Figures:
@@ -362,6 +362,10 @@ def basin(**changes) -> Figures:
         (changed(forward=0.1), "the forward figure is 10.0 %, below 50 %"),
         (changed(forward=math.nan), "the forward figure is nan %"),
         (changed(largest_log_ratio=math.inf), "the largest log p/q is inf, above 6"),
+        (
+            changed(unreachable=3, forward=0.0, largest_log_ratio=math.inf),
+            "3 of 500 frames lie outside the generator's support",
+        ),
         (basin(walkers=0.05, walkers_error=0.03), "5 % of the walkers' frames and 30 % of the reweighted draws lie in"),
         (basin(error=0.1), "the free energy of left is known to 0.33 kT, not to 0.25"),
         (basin(share=0.0, error=0.0), "the free energy of left is known to inf kT"),
@@ -425,7 +429,15 @@ def test_figures_of_two_normals_against_closed_forms():
     # frames of one walker are independent here: the spread from walker to walker is that of a coin of 50 throws
     assert half.walkers_error == pytest.approx(0.5 / math.sqrt(50 * 200), rel=0.2)
     far = measure(generator, frames + np.array([0, 0, 60.0]), None, draws=1000, seed=4)
-    assert far.forward < 1e-3 and far.largest_log_ratio > 100 and far.basins == {}
+    assert far.forward < 1e-3 and far.largest_log_ratio > 100 and far.basins == {} and far.unreachable == 0
+
+
+def test_mirror_images_are_counted_as_out_of_reach(alanine):
+    generator = bg.BoltzmannGenerator.for_molecule(alanine.topology, alanine.system, positions=alanine.positions)
+    frames = np.stack([alanine.positions, alanine.positions * [1, 1, -1]])[:, None].repeat(3, 1)
+    figures = measure(generator, frames, None, draws=200, seed=1)
+    assert (figures.unreachable, figures.held_out, figures.forward) == (3, 6, 0)
+    assert Convergence(ess=0).failures(figures, None) == ["3 of 6 frames lie outside the generator's support"]
 
 
 def test_a_basin_without_spread_is_not_known_exactly():

@@ -170,6 +170,18 @@ def test_other_data_are_another_run(finished, capsys):
 
 
 @pytest.mark.slow
+def test_a_cluster_gives_the_same_run(finished, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="distributed is not installed: pip install openmm_bg[dask]")
+    folder = tmp_path / "cluster"
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=tmp_path, silence_logs=50
+    ) as cluster:
+        run = ["run", "alanine_dipeptide", "--output", str(folder), *BRIEF, "--scheduler", cluster.scheduler_address]
+        assert cli.main(run) == 0
+    assert_same(folder, finished)
+
+
+@pytest.mark.slow
 def test_alanine_dipeptide_from_its_structure_to_convergence(tmp_path):
     """The usual settings, but for a shorter last training: within minutes, and right about the basins."""
     folder = tmp_path / "run"
