@@ -273,6 +273,21 @@ def test_a_generator_that_knows_nothing_yet_takes_its_chirality_from_the_start()
     assert generator.informed and result.figures.draws == 200
 
 
+def test_constrained_bonds_are_kept_from_the_walkers_to_the_generator():
+    """Dynamics by OpenMM; the generator has no positions to begin with."""
+    molecule = bg.systems.load("alanine_dipeptide", constraints=app.HBonds)
+    generator = bg.BoltzmannGenerator.for_molecule(molecule.topology, molecule.system, 300)
+    settings = dataclasses.replace(
+        BRIEF, walkers=4, steps=100, interval=5, timestep=0.001, rounds=1, likelihood_steps=2, training_steps=2,
+        closing_steps=2, capacity=80,
+    )  # fmt: skip
+    result = AdaptiveTraining(
+        generator, molecule.positions, settings=settings, training=QUICK, seed=1, progress=False
+    ).run()  # fmt: skip
+    assert result.held_out.dtype == np.float64 and result.figures.unreachable == 0
+    assert torch.isfinite(generator.log_prob(result.held_out[:, -1])).all()
+
+
 # -- how adaptation ends without convergence
 
 
