@@ -67,7 +67,7 @@ class AdaptiveSettings:
     likelihood_steps: int = 400
     training_steps: int = 1000
     growth: float = 1.5
-    closing_steps: int = 5000
+    closing_steps: int = 4000
     rounds: int = 8
     draws: int = 20_000
     capacity: int = 50_000

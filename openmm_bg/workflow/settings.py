@@ -17,7 +17,7 @@ _FEWEST_FRAMES = 20
 _LARGEST_SEED = 2**31 - 16  # OpenMM's seeds are 32-bit, and every part of a run takes one of its own
 
 # Training on the energy by where data come from: the last one of an adaptive run, or the only one.
-TRAINING_STEPS = {"adaptive": 5000, "exchange": 11_000}
+TRAINING_STEPS = {"adaptive": 4000, "exchange": 11_000}
 # The data of a molecule, where nothing else is asked for. Each torsion is one more thing to learn and to wait for.
 LADDERS = 16
 EXCHANGE_STEPS = 250

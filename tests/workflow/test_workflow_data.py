@@ -44,7 +44,7 @@ def test_alanine_dipeptide_costs_less_than_ten_million_evaluations(alanine, gene
 def test_an_adaptive_run_costs_less(alanine, generator):
     """All rounds at their longest, and the last training."""
     s = data.settle(RunSettings(), alanine, generator)
-    assert (s.walkers, s.heating_steps, s.ladders, s.training_steps) == (128, 4900, None, 5000)
+    assert (s.walkers, s.heating_steps, s.ladders, s.training_steps) == (128, 4900, None, 4000)
     amounts = data.adaptive_settings(s)
     trained = sum(round(amounts.training_steps * amounts.growth**r) for r in range(2)) + amounts.closing_steps
     dynamics = amounts.least_dynamics + 2 * amounts.walkers * amounts.steps
