@@ -15,7 +15,7 @@ from openmm_bg.coordinates import InternalCoordinates, ZMatrix
 from openmm_bg.workflow import page as run_page
 from openmm_bg.workflow.material import Material
 from openmm_bg.workflow.results import headline, is_good, measure, verdict
-from openmm_bg.workflow.settings import RunSettings
+from openmm_bg.workflow.settings import TRAINING_STEPS, RunSettings
 
 STEP = {"seconds": 1.0}
 
@@ -230,6 +230,6 @@ def test_weights_that_one_draw_holds_are_no_evidence(adaptive, tmp_path):
 
 
 def test_a_short_adaptive_run_says_so(adaptive):
-    steps = {**adaptive.record["steps"], "train": {**adaptive.record["steps"]["train"], "steps": 400}}
+    steps = {**adaptive.record["steps"], "train": {**adaptive.record["steps"]["train"], "steps": TRAINING_STEPS["adaptive"] // 10 - 1}}
     short = dataclasses.replace(adaptive, record={**adaptive.record, "steps": steps})
     assert measure(short).is_short and not measure(adaptive).is_short
