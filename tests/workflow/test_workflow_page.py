@@ -230,6 +230,7 @@ def test_weights_that_one_draw_holds_are_no_evidence(adaptive, tmp_path):
 
 
 def test_a_short_adaptive_run_says_so(adaptive):
-    steps = {**adaptive.record["steps"], "train": {**adaptive.record["steps"]["train"], "steps": TRAINING_STEPS["adaptive"] // 10 - 1}}
+    training = {**adaptive.record["steps"]["train"], "steps": TRAINING_STEPS["adaptive"] // 10 - 1}
+    steps = {**adaptive.record["steps"], "train": training}
     short = dataclasses.replace(adaptive, record={**adaptive.record, "steps": steps})
     assert measure(short).is_short and not measure(adaptive).is_short
