@@ -179,7 +179,7 @@ class BoltzmannGenerator(ShapeDensity):
         if not torch.isfinite(log_volume).all():
             raise InputError(
                 "The positions do not satisfy the System's constraints or hold collinear or coincident atoms; "
-                "minimise them first."
+                "minimise them first, or call applyConstraints(1e-6) of a Context of this System."
             )
         if isinstance(self.flow, MolecularFlow):
             self.flow.initialize_at(q[0], harmonic_scales(self.coordinates, self.system, self.temperature))

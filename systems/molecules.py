@@ -75,7 +75,7 @@ def from_pdb(
     temperature : Quantity or float
         In K.
     constraints : None, app.HBonds, app.AllBonds or app.HAngles
-        Bonds whose lengths are fixed.
+        Bonds whose lengths are fixed. They get these lengths at once, which a PDB file rounds.
     hydrogen_mass : Quantity or float, optional
         In Da; what a hydrogen gains its heavy atom loses.
     name, description : str, optional
@@ -89,7 +89,8 @@ def from_pdb(
     ------
     InputError
         For a file that is missing, is no PDB file or holds no atoms; an unknown force field file; a residue
-        without a template; missing hydrogens; coordinates or a temperature that are not finite.
+        without a template; missing hydrogens; coordinates or a temperature that are not finite; constraints that
+        the coordinates are too far from.
 
     Examples
     --------
@@ -104,6 +105,8 @@ def from_pdb(
     topology, positions = _read(path)
     files, field = load_force_field(forcefield)
     system = create_system(str(path), topology, field, constraints, hydrogen_mass)
+    if system.getNumConstraints():
+        positions = _constrained(path, system, positions)
     return Molecule(
         name=name or path.stem,
         topology=topology,
@@ -134,6 +137,29 @@ def _read(path: Path) -> tuple[app.Topology, np.ndarray]:
             "numbers; repair the file."
         )
     return pdb.topology, positions
+
+
+def _constrained(path: Path, system: openmm.System, positions: np.ndarray) -> np.ndarray:
+    """The nearest positions (nm) whose constrained distances are right."""
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
+    context.setPositions(positions)
+    try:
+        context.applyConstraints(1e-8)
+        nearest = context.getState(positions=True).getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+    except openmm.OpenMMException as error:
+        raise _far_from_constraints(path) from error
+    for index in range(system.getNumConstraints()):
+        i, j, length = system.getConstraintParameters(index)
+        if not abs(np.linalg.norm(nearest[i] - nearest[j]) / length.value_in_unit(unit.nanometer) - 1) < 1e-6:
+            raise _far_from_constraints(path)
+    return np.array(nearest, dtype=np.float64)
+
+
+def _far_from_constraints(path: Path) -> InputError:
+    return InputError(
+        f"The coordinates of {path} are too far from the constrained bond lengths; minimise them without constraints "
+        "first."
+    )
 
 
 def load_force_field(forcefield: str | Sequence[str]) -> tuple[tuple[str, ...], app.ForceField]:

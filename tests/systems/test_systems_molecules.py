@@ -8,6 +8,7 @@ import openmm
 import pytest
 from openmm import app, unit
 
+import openmm_bg as bg
 from openmm_bg import systems
 from openmm_bg.errors import InputError
 
@@ -84,6 +85,24 @@ def test_constraints_and_hydrogen_mass_reach_the_system():
     assert molecule.system.getNumConstraints() == 12
     assert molecule.system.getParticleMass(0) == 3 * unit.dalton
     assert molecule.temperature == 310
+
+
+@pytest.mark.parametrize("constraints", [app.HBonds, app.AllBonds])
+def test_constrained_bonds_have_their_lengths_which_the_file_rounds(constraints):
+    molecule = systems.load("alanine_dipeptide", constraints=constraints)
+    x, free = molecule.positions, systems.load("alanine_dipeptide").positions
+    for index in range(molecule.system.getNumConstraints()):
+        i, j, length = molecule.system.getConstraintParameters(index)
+        assert np.linalg.norm(x[i] - x[j]) == pytest.approx(length.value_in_unit(unit.nanometer), rel=1e-7)
+    assert 0 < np.abs(x - free).max() < 0.01
+    bg.BoltzmannGenerator.for_molecule(molecule.topology, molecule.system, positions=x)
+
+
+def test_constraints_that_no_small_step_satisfies_are_refused(tmp_path):
+    path = tmp_path / "torn.pdb"
+    path.write_text(PDB.replace("  -3.115", "  93.115"))
+    with pytest.raises(InputError, match=r"torn\.pdb are too far from the constrained bond lengths; minimise"):
+        systems.from_pdb(path, constraints=app.HBonds)
 
 
 def test_cryst1_does_not_make_the_system_periodic(tmp_path):
