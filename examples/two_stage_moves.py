@@ -13,7 +13,6 @@ from openmm import CustomTorsionForce, LangevinMiddleIntegrator
 from openmm.app import Simulation
 
 import openmm_bg as bg
-from openmm_bg.app.reporter import BoltzmannGeneratorReporter
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--generator", required=True, help="a trained generator of alanine dipeptide")
@@ -32,7 +31,7 @@ sampler = bg.BoltzmannGeneratorSampler(
     generator, simulation, stepsPerIteration=100, proposalsPerIteration=200, energy=generator.energy
 )
 columns = {"step": True, "speed": True, "remainingTime": True, "totalSteps": options.steps}
-simulation.reporters.append(BoltzmannGeneratorReporter(sys.stdout, options.steps // 10, sampler, **columns))
+simulation.reporters.append(bg.BoltzmannGeneratorReporter(sys.stdout, options.steps // 10, sampler, **columns))
 simulation.step(options.steps)
 
 moves = sampler.statistics["independent"]

@@ -6,7 +6,12 @@ from typing import Any
 
 from openmm_bg import flows, systems
 from openmm_bg.analysis import compare, report
-from openmm_bg.app import BoltzmannGeneratorSampler, LearnedReplicaExchangeSampler, SwitchingSampler
+from openmm_bg.app import (
+    BoltzmannGeneratorReporter,
+    BoltzmannGeneratorSampler,
+    LearnedReplicaExchangeSampler,
+    SwitchingSampler,
+)
 from openmm_bg.coordinates import InternalCoordinates, ZMatrix
 from openmm_bg.energies import ContextEnergy, Energy, ForceFieldEnergy, ThresholdSchedule, python_force, regularize
 from openmm_bg.errors import InputError
@@ -19,6 +24,7 @@ __all__ = [
     "AdaptiveTraining",
     "BoltzmannGenerator",
     "BoltzmannGeneratorMove",
+    "BoltzmannGeneratorReporter",
     "BoltzmannGeneratorSampler",
     "ContextEnergy",
     "Energy",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from openmm_bg.app.learned_exchange import LearnedReplicaExchangeSampler
+from openmm_bg.app.reporter import BoltzmannGeneratorReporter
 from openmm_bg.app.sampler import BoltzmannGeneratorSampler
 from openmm_bg.app.switching import SwitchingSampler
 
 __all__ = [
     "BoltzmannGeneratorMove",
+    "BoltzmannGeneratorReporter",
     "BoltzmannGeneratorSampler",
     "LearnedReplicaExchangeSampler",
     "MultiStateLearnedExchangeSampler",
