@@ -33,7 +33,7 @@ from openmm_bg.sampling.walkers import Walkers
 from openmm_bg.training.adaptive_state import AdaptiveResult, AdaptiveSettings, AdaptiveState
 from openmm_bg.training.budget import Budget
 from openmm_bg.training.convergence import Convergence, Figures, Regions, measure, torsion_regions
-from openmm_bg.training.fit import _stages, to_flow_coordinates
+from openmm_bg.training.fit import to_flow_coordinates, training_stages
 from openmm_bg.training.objectives import Objective
 from openmm_bg.training.reservoir import Reservoir
 from openmm_bg.training.trainer import Settings, Trainer, TrainingResult
@@ -287,7 +287,7 @@ class AdaptiveTraining:
         budget = None if limit is None else limit.less(s.seconds, self._evaluations())
         # the last training goes on as long as its budget does, one of a round ends with its steps, too
         endless = budget if s.phase == "close" else None
-        stages = _stages(
+        stages = training_stages(
             generator, True, True, self.objective, steps, likelihood, 0, endless, self.training.torsion_rate
         )
         result = Trainer(

@@ -190,7 +190,7 @@ def fit(
             )
         generator._initialize(rows)
     generator._check_informed()
-    stages = _stages(
+    stages = training_stages(
         generator, rows is not None, energy, objective, steps, likelihood_steps, transport_steps, budget,
         (settings or Settings()).torsion_rate,
     )  # fmt: skip
@@ -217,7 +217,7 @@ def fit(
         }
 
 
-def _stages(
+def training_stages(
     generator: BoltzmannGenerator,
     data: bool,
     energy: bool,

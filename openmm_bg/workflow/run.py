@@ -150,6 +150,9 @@ class Run:
         if folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
             hint = "continue the run it holds with --resume" if (folder / "run.json").exists() else "empty it"
             raise InputError(f"{folder} is not empty; choose another folder, or {hint}. Nothing was changed.")
+        if scheduler is not None:
+            with executor_for(None, scheduler):  # a scheduler that is not there is missed before the folder is touched
+                pass
         record = new_record(source, molecule, settings, command)
         run = cls(folder, record, say=say, progress=progress, workers=workers, scheduler=scheduler)
         folder.mkdir(parents=True, exist_ok=True)
