@@ -13,7 +13,8 @@ from openmm_bg.training.mass_transport import ConstrainedMassTransport, Transpor
 from openmm_bg.training.objectives import LogVariance, MaximumLikelihood, Objective
 from openmm_bg.training.paths import ContinuityResidual
 from openmm_bg.training.reverse import ReversePath
-from openmm_bg.training.trainer import Settings, Stage, Trainer, TrainingResult
+from openmm_bg.training.settings import Settings, Stage, TrainingResult
+from openmm_bg.training.trainer import Trainer
 
 # the method lives up here because a generator must not know how it is trained
 BoltzmannGenerator.fit = fit

@@ -36,7 +36,8 @@ from openmm_bg.training.convergence import Convergence, Figures, Regions, measur
 from openmm_bg.training.fit import to_flow_coordinates, training_stages
 from openmm_bg.training.objectives import Objective
 from openmm_bg.training.reservoir import Reservoir
-from openmm_bg.training.trainer import Settings, Trainer, TrainingResult
+from openmm_bg.training.settings import Settings, TrainingResult
+from openmm_bg.training.trainer import Trainer
 from openmm_bg.units import kelvin
 
 # What the rounds may spend of a budget; the rest is the last training's.

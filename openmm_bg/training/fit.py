@@ -19,7 +19,8 @@ from openmm_bg.training.mass_transport import ConstrainedMassTransport
 from openmm_bg.training.objectives import MaximumLikelihood, Objective
 from openmm_bg.training.paths import ContinuityResidual
 from openmm_bg.training.reverse import ReversePath
-from openmm_bg.training.trainer import WITHOUT_END, Settings, Stage, Trainer, TrainingResult
+from openmm_bg.training.settings import WITHOUT_END, Settings, Stage, TrainingResult
+from openmm_bg.training.trainer import Trainer
 from openmm_bg.units import thermal_energy
 
 

@@ -7,124 +7,34 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from openmm_bg.device import find_device
 from openmm_bg.errors import InputError
-from openmm_bg.files import write_atomically
 from openmm_bg.flows import Flow
 from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.sampling.metropolis import independence_acceptance
 from openmm_bg.sampling.reweighting import effective_sample_size
 from openmm_bg.sampling.target import Target
 from openmm_bg.training.budget import Budget
+from openmm_bg.training.checkpoint import read_checkpoint, whole, write_checkpoint
 from openmm_bg.training.interrupts import held_interrupts
 from openmm_bg.training.labels import Labels
-from openmm_bg.training.objectives import Objective, Step, check_needs
+from openmm_bg.training.objectives import Step, check_needs
 from openmm_bg.training.replay import Replay, advance
+from openmm_bg.training.settings import WITHOUT_END, Settings, Stage, TrainingResult
 from openmm_bg.training.watch import Watch
 
-WITHOUT_END = 10**9
-"""Steps of a stage that a budget ends."""
 # Steps that warm-up and ramps are shares of where a budget leaves the number of steps open.
 _USUAL = 8000
 # Steps without an evaluation after which a budget of evaluations is a mistake.
 _IDLE = 5000
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Some steps under one weighted sum of objectives.
-
-    Attributes
-    ----------
-    name : str
-    steps : int
-        At most: an objective that sets ``state["finished"]`` ends its stage.
-    terms : sequence of (float, Objective)
-    rate : float or None
-        A constant learning rate. None follows the cosine that the stages without a rate of their own share.
-    torsion_rate : float
-        Factor of the learning rate for the density of a molecule's torsions.
-    """
-
-    name: str
-    steps: int
-    terms: Sequence[tuple[float, Objective]]
-    rate: float | None = None
-    torsion_rate: float = 1.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the parameters move.
-
-    Attributes
-    ----------
-    batch_size, learning_rate, betas
-        Adam; the rate follows a cosine to zero over the whole run.
-    torsion_rate : float
-        Factor of the rate for the density of a molecule's torsions in the default recipe's stage on the energy: few
-        parameters rule the weights of whole basins, and at the full rate those go up and down.
-    warmup, ramp : float
-        Shares of the run over which the rate rises at the start, and at the start of each later stage.
-    clip : float
-        Largest norm of the gradient.
-    average : float
-        Decay of the exponential average of the weights, which is what the generator gets.
-    validate_every, validation_size : int
-        Steps between validations, and samples in each. The best averaged weights of the last stage are kept.
-    checkpoint_seconds : float
-    dtype : torch.dtype
-        Of the training arithmetic; the generator itself stays float64.
-    device : str
-        Where training happens, "cpu" or "cuda"; the generator stays on the CPU.
-    """
-
-    batch_size: int = 512
-    learning_rate: float = 5e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    torsion_rate: float = 0.3
-    warmup: float = 0.03
-    ramp: float = 0.01
-    clip: float = 20.0
-    average: float = 0.998
-    validate_every: int = 500
-    validation_size: int = 8192
-    checkpoint_seconds: float = 60.0
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-
-
-@dataclass
-class TrainingResult:
-    """What training cost and where it ended.
-
-    Attributes
-    ----------
-    history : list of dict
-        The records of the log: step, seconds, stage, losses (None where not finite), and at validations ``ess``,
-        ``ess_clipped``, ``acceptance``.
-    steps, skipped, evaluations : int
-        Steps taken, steps skipped because something was not finite, energy evaluations.
-    seconds : float
-    rollbacks : int
-        How often training had diverged and went back to its last good state with half the learning rate.
-    """
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    steps: int = 0
-    skipped: int = 0
-    evaluations: int = 0
-    seconds: float = 0.0
-    rollbacks: int = 0
 
 
 class Trainer:
@@ -492,17 +402,15 @@ class Trainer:
                 parameter.copy_(weights[name])
 
     def _save(self) -> None:
-        tensors = self._weights()
-        tensors |= {
-            "random": self.random.get_state(),
-            "validation_random": self.validation_random.get_state(),
+        tensors = {
+            "weights": self._weights(),
+            "random": {"steps": self.random.get_state(), "validation": self.validation_random.get_state()},
+            "generator": self.generator.flow.state_dict(),
+            "best": self.best or {},
+            "good": self.watch.good,
+            "labels": self.labels.found(),
         }
-        tensors |= {f"generator.{key}": t for key, t in self.generator.flow.state_dict().items()}
-        tensors |= {f"best.{key}": t for key, t in (self.best or {}).items()}
-        tensors |= {f"good.{key}": t for key, t in self.watch.good.items()}
-        tensors |= {f"labels.{key}": t for key, t in self.labels.found().items()}
-        for number, objective in enumerate(self.objectives):
-            tensors |= {f"objective.{number}.{key}": t for key, t in objective.tensors.items()}
+        tensors |= {f"objective{number}": objective.tensors for number, objective in enumerate(self.objectives)}
         header = {
             "identity": self.identity,
             "planned": self.planned,
@@ -516,54 +424,29 @@ class Trainer:
             "objectives": [objective.state for objective in self.objectives],
             "history": self.result.history,
         }
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        write_atomically(self.checkpoint, save(tensors, {"training": json.dumps(header)}))
+        write_checkpoint(self.checkpoint, header, tensors)
 
     def _load(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            tensors = load_file(self.checkpoint)
-            with safe_open(self.checkpoint, "pt") as file:
-                header = json.loads(file.metadata()["training"])
-            if header["identity"] != self.identity:
-                other = [name for name, value in self.identity.items() if header["identity"].get(name) != value]
-                raise InputError(
-                    f"{self.checkpoint} belongs to a run with other {' and '.join(other)}; resume with the same, or "
-                    "delete it to start anew."
-                )
-            parts: dict[str, dict[str, Tensor]] = {"generator": {}, "best": {}, "good": {}, "labels": {}}
-            weights: dict[str, Tensor] = {}
-            kept: list[dict[str, Tensor]] = [{} for _ in self.objectives]
-            for name, tensor in tensors.items():
-                head, _, rest = name.partition(".")
-                if head in parts:
-                    parts[head][rest] = tensor
-                elif head in ("flow", "average", "adam"):
-                    weights[name] = tensor
-                elif head == "objective":
-                    number, _, key = rest.partition(".")
-                    kept[int(number)][key] = tensor.to(self.device)
-            self._set_weights(weights)
-            self.generator.flow.load_state_dict(parts["generator"])
-            self._restore((tensors["random"], header["objectives"], kept, header["evaluations"]))
-            self.validation_random.set_state(tensors["validation_random"])
-            for name, tensor in parts["labels"].items():
+        header, tensors = read_checkpoint(self.checkpoint, self.identity)
+        with whole(self.checkpoint):
+            self._set_weights(tensors["weights"])
+            self.generator.flow.load_state_dict(tensors["generator"])
+            kept = [
+                {name: t.to(self.device) for name, t in tensors[f"objective{number}"].items()}
+                for number in range(len(self.objectives))
+            ]
+            self._restore((tensors["random"]["steps"], header["objectives"], kept, header["evaluations"]))
+            self.validation_random.set_state(tensors["random"]["validation"])
+            for name, tensor in tensors["labels"].items():
                 setattr(self.labels, name, tensor.to(self.device))
-            self.best = parts["best"] or None
+            self.best = tensors["best"] or None
             self.best_score = -math.inf if header["best_score"] is None else header["best_score"]
-            self.watch = Watch(parts["good"], **header["watch"])
+            self.watch = Watch(tensors["good"], **header["watch"])
             self.planned = list(header["planned"])
             self.result = TrainingResult(
                 header["history"], header["steps"], header["skipped"], header["evaluations"], header["seconds"],
                 header["rollbacks"],
             )  # fmt: skip
-        except (SafetensorError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{self.checkpoint} is not a whole checkpoint of this training; delete it to start anew."
-            ) from None
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.log.write_text("".join(json.dumps(r) + "\n" for r in header["history"]))
