@@ -60,13 +60,13 @@ class ReversePath:
     cap: float = 5.0
     variance: float = 0.25
     window: float = 6.0
-    temper: float = 0.3
+    temper: float = 0.1
     explore: float = 0.08
     explored_weight: float = 0.3
     reach: float = 25.0
     memory: int = 64
     recall: int = 2
-    recall_temper: float = 0.4
+    recall_temper: float = 0.2
     needs_data: bool = field(default=False, init=False)
     needs_energy: bool = field(default=True, init=False)
     state: dict[str, float] = field(default_factory=dict, init=False)
