@@ -183,6 +183,18 @@ def names() -> tuple[str, ...]:
 def describe(name: str) -> str:
     """One sentence about a named target.
 
+    Parameters
+    ----------
+    name : str
+        One of `names()`.
+
+    Raises
+    ------
+    InputError
+        For an unknown name.
+
+    Examples
+    --------
     >>> describe("alanine_dipeptide")
     'ACE-ALA-NME (22 atoms) with amber99sbildn and amber99_obc implicit solvent.'
     """

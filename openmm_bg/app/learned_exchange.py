@@ -40,12 +40,12 @@ class LearnedReplicaExchangeSampler(app.ReplicaExchangeSampler):
             + \log|\det T'(x_h)| - \log|\det T'(T^{-1} x_t)|,
 
     where u = U/kT comes from the Context and the determinants are those of Cartesian coordinates. Generators that
-    learned little cost acceptance, never correctness. Two states, one fast and one of interest, are the usual case:
+    learned little cost acceptance, never correctness. Two states, one fast and one of interest, are the usual case::
 
-    >>> states = [{'temperature':300*kelvin}, {'temperature':600*kelvin}]
-    >>> sampler = LearnedReplicaExchangeSampler(states, simulation, 500, generators=[cold, hot], seed=1)
-    >>> sampler.simulate(1000)
-    >>> print(sampler.statistics.acceptance[0, 1], sampler.statistics.round_trips.sum())
+        states = [{'temperature':300*kelvin}, {'temperature':600*kelvin}]
+        sampler = LearnedReplicaExchangeSampler(states, simulation, 500, generators=[cold, hot], seed=1)
+        sampler.simulate(1000)
+        print(sampler.statistics.acceptance[0, 1], sampler.statistics.round_trips.sum())
 
     States may differ in temperature, in Context parameters, or in both. With more than two of them, pairs that have
     generators exchange through their map and all others as they are; so generators at two states of a ladder add a

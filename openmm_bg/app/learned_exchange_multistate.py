@@ -36,10 +36,12 @@ class MultiStateLearnedExchangeSampler(multistate.ReplicaExchangeSampler):
     :class:`LearnedReplicaExchangeSampler` for the rule. Each of the two steps leaves the joint distribution of the
     replicas invariant, and so does the sequence. Reduced potentials are openmmtools' own, pV included.
 
-    >>> sampler = MultiStateLearnedExchangeSampler(generators=["cold.bg", "hot.bg"], seed=1, mcmc_moves=move)
-    >>> sampler.create([state, hot_state], SamplerState(positions), storage=MultiStateReporter("exchange.nc"))
-    >>> sampler.run(1000)
-    >>> print(sampler.statistics.acceptance[0, 1])
+    ::
+
+        sampler = MultiStateLearnedExchangeSampler(generators=["cold.bg", "hot.bg"], seed=1, mcmc_moves=move)
+        sampler.create([state, hot_state], SamplerState(positions), storage=MultiStateReporter("exchange.nc"))
+        sampler.run(1000)
+        print(sampler.statistics.acceptance[0, 1])
 
     Velocities are drawn anew after an accepted exchange through a map. openmmtools does not rescale them after its own:
     use moves with reassign_velocities=True where temperatures differ.

@@ -51,10 +51,10 @@ class BoltzmannGeneratorMove(mcmc.MCMCMove):
 
     U and T being those of the thermodynamic state at that moment. The frame of the molecule's seed atoms,
     and all other particles, stay in place. After an accepted proposal all velocities are drawn anew. Use it
-    beside dynamics, which moves what the generator does not:
+    beside dynamics, which moves what the generator does not::
 
-    >>> move = mcmc.SequenceMove([BoltzmannGeneratorMove(generator), mcmc.LangevinDynamicsMove(n_steps=500)])
-    >>> sampler = ReplicaExchangeSampler(mcmc_moves=move, number_of_iterations=1000)
+        move = mcmc.SequenceMove([BoltzmannGeneratorMove(generator), mcmc.LangevinDynamicsMove(n_steps=500)])
+        sampler = ReplicaExchangeSampler(mcmc_moves=move, number_of_iterations=1000)
 
     For replica exchange give a list of moves, one per state, so that only states near the generator's
     temperature use it.

@@ -199,6 +199,7 @@ class SwitchingSampler(BoltzmannGeneratorSampler):
 
     @property
     def movesPerIteration(self) -> int:
+        """Moves tried after each stretch of dynamics."""
         return self.proposalsPerIteration
 
     @property

@@ -111,6 +111,7 @@ class ZMatrix:
 
     @property
     def num_atoms(self) -> int:
+        """Number of atoms, N: the seed's three and one for each row."""
         return len(self.rows) + 3
 
     @cached_property

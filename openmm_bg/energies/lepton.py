@@ -43,10 +43,10 @@ def parse(text: str, functions: Mapping[str, Any] | None = None) -> Node:
 
     Examples
     --------
-    >>> parse("-x^2")
-    (-1 * (x * x))
-    >>> parse("or*scale; scale=2*b")
-    (or * (2 * b))
+    >>> parse("x^2")
+    (x * x)
+    >>> parse("sqrt(area); area=x^2") is parse("sqrt(x*x)")
+    True
     """
     main, *definitions = text.split(";")
     known: dict[str, Node] = {}

@@ -20,7 +20,7 @@ TWO_PI = 2 * math.pi
 
 
 def wrap(angle: Tensor) -> Tensor:
-    """An angle in radian, brought into [-pi, pi) (unit derivative everywhere)."""
+    """Angles in radian, of any shape, brought into [-pi, pi) (unit derivative everywhere)."""
     return angle - TWO_PI * torch.floor((angle + math.pi) / TWO_PI)
 
 
@@ -100,7 +100,13 @@ class Transform(nn.Module):
 
 
 class Composition(Transform):
-    """Transforms applied one after the other, the first of the list to the latents first."""
+    """Transforms applied one after the other, the first of the list to the latents first.
+
+    Parameters
+    ----------
+    transforms : iterable of Transform
+        At least one, all of one dimension.
+    """
 
     def __init__(self, transforms: Iterable[Transform]):
         transforms = list(transforms)

@@ -166,6 +166,8 @@ class SplineCoupling(_Coupling):
         turn.
     context_dimension, bins, bound, hidden
         Splines have ``bins`` bins, on [-bound, bound] for the dimensions that are not circular.
+    order : int
+        Multiples of an angle whose cos and sin enter the network.
     surroundings : Surroundings, optional
         See :class:`AffineCoupling`; no dimension may be circular.
     """

@@ -67,6 +67,23 @@ class RealNVP(Flow):
 class SplineFlow(Flow):
     """Rational-quadratic spline couplings; dimensions marked circular are angles over a uniform base.
 
+    Parameters
+    ----------
+    circular : sequence of bool
+        One entry per dimension: True for an angle in [-pi, pi).
+    layers, bins : int
+        Couplings, and bins of each spline.
+    bound : float
+        Splines of the real line act on [-bound, bound] and leave everything beyond as it is.
+    hidden : sequence of int
+        Units of each hidden layer of the networks.
+    seed : int
+        Of the initial weights and of the random halves.
+
+    References
+    ----------
+    Durkan, Bekasov, Murray & Papamakarios, Neural spline flows, NeurIPS 2019; on the circle: Rezende et al., ICML 2020.
+
     Examples
     --------
     >>> flow = SplineFlow([True, True], layers=4, hidden=(32,))

@@ -17,6 +17,8 @@ class Mixing(Transform):
     Parameters
     ----------
     dimension : int
+    context_dimension : int
+        Of a context that is taken and not looked at.
 
     Examples
     --------

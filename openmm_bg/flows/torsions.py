@@ -96,6 +96,8 @@ class AffineTorsions(Flow):
     multiplicity : sequence of int
     layers, hidden
         Affine couplings and the units of their networks.
+    generator : torch.Generator
+        Draws which half each coupling moves.
     """
 
     def __init__(

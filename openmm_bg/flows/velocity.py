@@ -252,7 +252,7 @@ class PerceptronVelocity(VelocityField):
         Commute with shifts of the dimensions, for periodic lattices.
     circular : sequence of bool, optional
         True for angles; the field is then periodic in them.
-    first, bandwidth
+    order, first, bandwidth
         See :class:`Trunk`.
     seed : int
         Of the initial weights.

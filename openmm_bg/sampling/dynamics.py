@@ -78,6 +78,10 @@ def fastest_platform(system: openmm.System) -> str:
     """The platform that runs one small System fastest on one core.
 
     Reference up to 200 particles; CPU beyond, and with a CustomGBForce (seven times faster there).
+
+    Parameters
+    ----------
+    system : openmm.System
     """
     custom = any(isinstance(force, openmm.CustomGBForce) for force in system.getForces())
     return "CPU" if custom or system.getNumParticles() > 200 else "Reference"

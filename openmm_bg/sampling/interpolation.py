@@ -129,5 +129,12 @@ def continuity_residual(point: PathPoint, velocity: Tensor, divergence: Tensor) 
 
     That constant is minus the derivative of log Z_t, the average of d_t f; along a trajectory of v the log-weight
     changes at the rate -r.
+
+    Parameters
+    ----------
+    point : PathPoint
+        f, its gradient and its rate d_t f at n points.
+    velocity, divergence : Tensor, (n, dimension) and (n,)
+        v and div v there.
     """
     return point.rate - divergence + (point.gradient * velocity).sum(-1)

@@ -36,6 +36,8 @@ def noised_energy(
     t, x : Tensor, (n,) and (n, dimension)
     draws : int
         Energies per point.
+    generator : torch.Generator
+        Scrambles and shifts the quasi-random points.
 
     Returns
     -------

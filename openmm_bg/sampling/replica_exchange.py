@@ -40,6 +40,19 @@ def geometric_temperatures(low: Any, high: Any, n: int) -> np.ndarray:
 
     A constant heat capacity makes all neighbours of such a ladder exchange equally often.
 
+    Parameters
+    ----------
+    low, high : Quantity or float
+        K.
+    n : int
+        At least 2.
+
+    Returns
+    -------
+    ndarray, (n,)
+
+    Examples
+    --------
     >>> geometric_temperatures(300, 1200, 3)
     array([ 300.,  600., 1200.])
     """
