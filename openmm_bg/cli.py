@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from openmm_bg import cli_compare
 from openmm_bg.errors import InputError
 from openmm_bg.version import __version__
 
@@ -23,11 +25,13 @@ probability density, and molecular dynamics accepts or rejects them exactly.
   openmm-bg run my.pdb --resume
   openmm-bg run my.pdb --budget 10min                       ten minutes of learning, and the best of it
   openmm-bg run my.pdb --scheduler tcp://10.0.0.1:8786      its walkers on the workers of a Dask cluster
+  openmm-bg compare md.dcd samples.dcd --top my.pdb         whether two trajectories of a molecule are the same
+  openmm-bg doctor                                          whether this installation works
 """
 _EPILOG = """\
 A folder holds one run: molecule.pdb, system.xml, generator.bg, trajectory.dcd (MD with moves), moves.csv
 (every attempt), summary.json and report.html. A run that was stopped goes on with --resume.
-The steps of `run` can be taken one by one: simulate, train, sample, compare.
+The steps of `run` can be taken one by one: simulate, train, sample, report.
 """
 _BUDGET = "what training and its walkers may cost, in place of a number of steps: 10min, or 1e7 energy evaluations"
 
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     try:
-        options.do(options, shlex.join(["openmm-bg", *given]))
+        return int(options.do(options, shlex.join(["openmm-bg", *given])) or 0)
     except InputError as error:
         print(f"openmm-bg: {error}", file=sys.stderr)
         return 2
@@ -61,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nopenmm-bg: interrupted{_hint(options)}.", file=sys.stderr)
         return 130
-    return 0
 
 
 def _hint(options: argparse.Namespace) -> str:
@@ -87,7 +90,6 @@ def _parser() -> argparse.ArgumentParser:
     for step, last, purpose in (
         ("train", "train", "the second step: a generator, from walkers that it moves itself or from the exchange"),
         ("sample", "sample", "the third step: draws with weights, and MD with moves"),
-        ("compare", "report", "the last step: summary.json and report.html"),
     ):
         command = commands.add_parser(step, help=purpose, description=purpose, allow_abbrev=False)
         command.add_argument("--output", required=True, metavar="DIR", help="the folder of a run that was begun")
@@ -96,8 +98,22 @@ def _parser() -> argparse.ArgumentParser:
             _where(command)
         command.add_argument("--quiet", action="store_true", help="no progress bars")
         command.set_defaults(do=_continue, first=step, last=last)
+    purpose = "the last step: summary.json and report.html"
+    command = commands.add_parser("report", help=purpose, description=purpose, allow_abbrev=False)
+    command.add_argument("output", metavar="FOLDER", help="the folder of a run whose steps are done")
+    command.add_argument("--json", action="store_true", help="print summary.json, and nothing else")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+    command.set_defaults(do=_report)
+    purpose = "whether two trajectories of one molecule are the same, and what differs"
+    cli_compare.add_arguments(commands.add_parser("compare", help=purpose, allow_abbrev=False))
     purpose = "the molecules and densities that are known by name"
-    commands.add_parser("systems", help=purpose, description=purpose).set_defaults(do=_systems)
+    command = commands.add_parser("systems", help=purpose, description=purpose, allow_abbrev=False)
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.set_defaults(do=_systems)
+    purpose = "whether this installation works: versions, platforms, GPU, compiler"
+    command = commands.add_parser("doctor", help=purpose, description=purpose, allow_abbrev=False)
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.set_defaults(do=_doctor)
     return parser
 
 
@@ -194,9 +210,28 @@ def _continue(options: argparse.Namespace, command: str) -> None:
         run.run(options.last, options.first)
 
 
+def _report(options: argparse.Namespace, command: str) -> None:
+    from openmm_bg import workflow
+
+    say = (lambda line: None) if options.json else _say
+    with workflow.Run.open(options.output, say=say, progress=not options.quiet) as run:
+        run.run("report", "compare")
+        if options.json:
+            _say(run.path("summary.json").read_text())
+
+
+def _doctor(options: argparse.Namespace, command: str) -> int:
+    from openmm_bg import cli_doctor
+
+    return cli_doctor.run(options.json, _say)
+
+
 def _systems(options: argparse.Namespace, command: str) -> None:
     from openmm_bg import systems
 
+    if options.json:
+        _say(json.dumps({name: systems.describe(name) for name in systems.names()}, indent=2))
+        return
     width = max(map(len, systems.names()))
     for name in systems.names():
         _say(f"{name:{width}}  {systems.describe(name)}")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
 
+import mdtraj
+import numpy as np
+import openmm
 import pytest
+import torch
 
-from openmm_bg import __version__, cli, systems, workflow
+from openmm_bg import ContextEnergy, __version__, cli, systems, workflow
 
 ALANINE = (files("openmm_bg.systems") / "alanine_dipeptide.pdb").read_text()
 ATOMS = [line for line in ALANINE.splitlines() if line.startswith(("ATOM", "HETATM"))]
@@ -55,11 +61,22 @@ def assert_refused(call, tmp_path: Path, arguments: list[str], phrase: str) -> N
 def test_help_shows_the_steps(call):
     code, out, err = call("--help")
     assert code == 0 and err == ""
-    for word in ("run", "simulate", "train", "sample", "compare", "systems", "report.html", "--resume"):
+    for word in (
+        "run",
+        "simulate",
+        "train",
+        "sample",
+        "report",
+        "compare",
+        "systems",
+        "doctor",
+        "report.html",
+        "--resume",
+    ):
         assert word in out
 
 
-@pytest.mark.parametrize("step", ["run", "simulate", "train", "sample", "compare", "systems"])
+@pytest.mark.parametrize("step", ["run", "simulate", "train", "sample", "report", "compare", "systems", "doctor"])
 def test_every_step_has_help(call, step):
     code, out, err = call(step, "--help")
     assert code == 0 and err == "" and out.startswith(f"usage: openmm-bg {step}")
@@ -77,6 +94,37 @@ def test_systems_lists_every_name_with_a_sentence(call):
     rows = [line.split(maxsplit=1) for line in listed.splitlines()]
     assert tuple(name for name, _ in rows) == systems.names()
     assert all(sentence.endswith(".") for _, sentence in rows)
+
+
+def test_systems_as_json(call):
+    code, out, err = call("systems", "--json")
+    assert code == 0 and err == ""
+    assert tuple(json.loads(out)) == systems.names()
+
+
+def test_the_doctor_finds_this_installation_well(call):
+    code, out, err = call("doctor")
+    assert code == 0 and err == "" and out.endswith("\nThis installation works.\n") and "FAULT" not in out
+    for text in ("openmm_bg " + __version__, "Reference works.", "energies are", "softcore.xml"):
+        assert text in out
+    code, out, err = call("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["works"] is True
+    assert {f["topic"] for f in found["findings"]} >= {"versions", "OpenMM platforms", "GPU", "compiler"}
+
+
+def test_the_doctor_tells_what_is_broken(call, monkeypatch):
+    def absent(name):
+        if name == "deeptime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.1"
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr("openmm_bg.compilation.library", lambda *a: 1 / 0)
+    code, out, _ = call("doctor")
+    assert code == 1
+    assert "FAULT openmm 0.1 is not the" in out and "FAULT failed with ZeroDivisionError" in out
+    assert "note  deeptime is not installed" in out and "what is marked above has to be mended first" in out
 
 
 def test_the_installed_command():
@@ -202,6 +250,9 @@ WORDS = {
     "no command": ([], "required: COMMAND"),
     "unknown command": (["walk"], "invalid choice: 'walk'"),
     "train nothing": (["train", "--output", "nowhere"], "nowhere holds no run"),
+    "report of nothing": (["report", "nowhere"], "nowhere holds no run"),
+    "report without a folder": (["report"], "required: FOLDER"),
+    "compare a run": (["compare", "--output", "results"], "required: SAMPLES, --top"),
     "sample without output": (["sample"], "required: --output"),
 }
 
@@ -253,6 +304,96 @@ def test_a_file_is_no_folder(call, tmp_path):
 def test_a_folder_without_permission(call, tmp_path):
     (tmp_path / "out").mkdir(mode=0o500)
     assert_refused(call, tmp_path, ["run", *ALA], "Permission denied")
+
+
+# -- two trajectories
+
+
+@pytest.fixture
+def trajectories(tmp_path, alanine) -> Path:
+    """A molecule, two trajectories of it, and what is wrong in many ways."""
+    (tmp_path / "m.pdb").write_text(ALANINE)
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(alanine.system))
+    topology = mdtraj.load(str(tmp_path / "m.pdb")).topology
+    noise = np.random.default_rng(0).normal(size=(2, 60, 22, 3))
+    for name, x in zip(("a", "b"), alanine.positions + 0.004 * noise, strict=True):
+        mdtraj.Trajectory(x, topology).save(str(tmp_path / f"{name}.dcd"))
+    x[7] = np.nan
+    np.save(tmp_path / "nan.npy", x)
+    np.save(tmp_path / "empty.npy", x[:0])
+    np.save(tmp_path / "one.npy", x[:1])
+    mdtraj.Trajectory(x[:, :20], topology.subset(range(20))).save(str(tmp_path / "short.dcd"))
+    (tmp_path / "a.foo").write_text("hello")
+    np.savetxt(tmp_path / "five.txt", np.ones(5))
+    np.savetxt(tmp_path / "w.txt", np.ones(60))
+    np.save(tmp_path / "zero.npy", np.zeros(60))
+    np.save(tmp_path / "zero_log.npy", np.full(60, -np.inf))
+    np.savez(tmp_path / "states.npz", reduced_energies=np.zeros((2, 50)), counts=np.array([25, 25]))
+    bare = [line.replace(line[17:20], "LIG") for line in ATOMS]
+    (tmp_path / "bare.pdb").write_text("\n".join([*bare, "END", ""]))
+    return tmp_path
+
+
+AB = ["compare", "a.dcd", "b.dcd", "--top", "m.pdb"]
+FIELD = ["--forcefield", "amber99sbildn.xml", "amber99_obc.xml"]
+PAIRS = {
+    "missing trajectory": (["compare", "a.dcd", "c.dcd", "--top", "m.pdb"], "There is no file c.dcd"),
+    "missing topology": (["compare", "a.dcd", "b.dcd", "--top", "c.pdb"], "There is no file c.pdb"),
+    "no topology": (["compare", "a.dcd", "b.dcd"], "required: --top"),
+    "a topology that is none": (["compare", "a.dcd", "b.dcd", "--top", "a.foo"], "could not be read as a topology"),
+    "a topology without bonds": (["compare", "a.dcd", "b.dcd", "--top", "bare.pdb"], "has no bonds"),
+    "a folder": (["compare", ".", "b.dcd", "--top", "m.pdb"], "There is no file ."),
+    "other atoms": (["compare", "a.dcd", "short.dcd", "--top", "m.pdb"], "could not be read as frames of 22 atoms"),
+    "frames of NaN": (["compare", "a.dcd", "nan.npy", "--top", "m.pdb"], "not finite in 1 of 60 frames"),
+    "no frames": (["compare", "a.dcd", "empty.npy", "--top", "m.pdb"], "empty.npy holds no frames"),
+    "one frame": (
+        ["compare", "a.dcd", "one.npy", "--top", "m.pdb"],
+        "but there are 1 of the samples",
+    ),
+    "unknown ending": (["compare", "a.dcd", "a.foo", "--top", "m.pdb"], "a.foo is of a kind that mdtraj does not read"),
+    "few weights": ([*AB, "--weights", "five.txt"], "there are 60 frames; give one weight for each"),
+    "weights of zero": ([*AB, "--weights", "zero.npy"], "All weights are zero"),
+    "log weights of zero": ([*AB, "--log-weights", "zero_log.npy"], "are zero, so there is nothing to compare"),
+    "two kinds of weights": ([*AB, "--weights", "w.txt", "--log-weights", "w.txt"], "not allowed with argument"),
+    "nothing to smooth": ([*AB, "--smooth"], "--smooth needs the weights of the samples"),
+    "states of other frames": ([*AB, "--reference-states", "states.npz"], "states.npz has 50 frames and a.dcd 60"),
+    "no points": ([*AB, "--n", "0"], "n and repeats must be 2 or more"),
+    "a long lag": ([*AB, "--lag", "60"], "A lag of 60 frames needs more than 61"),
+    "negative seed": ([*AB, "--seed", "-1"], "seed must be 0 or more"),
+    "no such force field": ([*AB, "--forcefield", "none.xml"], "none.xml"),
+    "a System that is none": ([*AB, "--system", "m.pdb"], "m.pdb is not a serialised OpenMM System"),
+    "no such device": ([*AB, *FIELD, "--device", "tpu"], "There is no device 'tpu' here"),
+    "no such platform": ([*AB, *FIELD, "--platform", "TPU"], "TPU"),
+    "temperature": ([*AB, *FIELD, "--temperature", "-3"], "temperature must be a positive finite number"),
+    "free frames": ([*AB, "--seconds", "0", "1"], "seconds must be a positive finite number"),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_trajectories_that_cannot_be_compared(call, trajectories, case):
+    arguments, phrase = PAIRS[case]
+    assert_refused(call, trajectories, arguments, phrase)
+
+
+def test_compare_prints_a_verdict(call, trajectories):
+    code, out, err = call(*AB, "--n", "20", "--seconds", "10", "20", "--force-evaluations", "1e6", "1e6")
+    assert code == 0 and err == ""
+    assert "Too little to tell: " in out and "the bonds and angles that differ most:" in out
+    assert "per million force evaluations" in out.splitlines()[-1] and "per second" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("how", [FIELD, ["--system", "system.xml", "--platform", "Reference"]])
+def test_compare_as_json_with_energies_and_weights(call, trajectories, how):
+    arguments = [*AB, "--n", "20", "--json", "--quiet", "--weights", "w.txt", "--temperature", "310", *how]
+    code, out, err = call(*arguments)
+    assert code == 0 and err == ""
+    record = json.loads(out)
+    (energy,) = [d for d in record["tests"] if d["name"] == "energy"]
+    assert record["sample_kish"] == pytest.approx(60) and record["command"].startswith("openmm-bg compare a.dcd b.dcd")
+    system = openmm.XmlSerializer.deserialize((trajectories / "system.xml").read_text())
+    x = mdtraj.load(str(trajectories / "a.dcd"), top=str(trajectories / "m.pdb")).xyz
+    exact = float(ContextEnergy(system, 310)(torch.as_tensor(x.astype(float))).mean())
+    assert energy["reference"] == pytest.approx(exact, rel=1e-5)
 
 
 def test_a_reader_that_leaves_early_is_no_error():

@@ -1,7 +1,8 @@
-"""What a person looks at: distances with floors, free energies, figures, report. Takes arrays alone."""
+"""What a person looks at: distances with floors, free energies, figures, report. Takes arrays, or reads them."""
 
 from openmm_bg.analysis.clusters import cluster_distances, cluster_w2, pair_distances, single_pass_w2
-from openmm_bg.analysis.compare import Comparison, PopulationPair, compare
+from openmm_bg.analysis.compare import compare
+from openmm_bg.analysis.comparison import Comparison
 from openmm_bg.analysis.diagnosis import Dependence, Diagnosis, Region, diagnose
 from openmm_bg.analysis.dihedrals import Backbone, backbone_dihedrals
 from openmm_bg.analysis.distances import Distance, energy_w2, measure, torus_w2, total_variation
@@ -11,12 +12,17 @@ from openmm_bg.analysis.free_energy import (
     Basin,
     Population,
     Profile,
+    free_energy_difference,
     free_energy_profile,
     left_handed,
     populations,
 )
+from openmm_bg.analysis.multistate import Multistate, multistate
+from openmm_bg.analysis.pairs import EffectiveSize, FreeEnergyPair, PopulationPair
 from openmm_bg.analysis.plots import energy_histograms, log_weight_histogram, phi_profile, ramachandran_maps
 from openmm_bg.analysis.plots_runs import Chain, acceptance_trace, indicator_autocorrelation, training_curves
+from openmm_bg.analysis.probes import Contrast
+from openmm_bg.analysis.rates import SamplingRate, autocorrelation_time, sampling_rate
 from openmm_bg.analysis.report import Card, Figure, Status, Summary, Table, report
 from openmm_bg.analysis.statistics import (
     autocorrelation,
@@ -28,8 +34,11 @@ from openmm_bg.analysis.statistics import (
     standard_error,
     statistical_inefficiency,
 )
+from openmm_bg.analysis.structure import Structure
 from openmm_bg.analysis.style import to_svg
-from openmm_bg.analysis.weights import pareto_shape
+from openmm_bg.analysis.tica import jensen_shannon, tica_projection
+from openmm_bg.analysis.trajectories import read_topology, read_trajectory, read_weights
+from openmm_bg.analysis.weights import pareto_shape, pareto_smooth
 
 __all__ = [
     "BASINS",
@@ -38,19 +47,26 @@ __all__ = [
     "Card",
     "Chain",
     "Comparison",
+    "Contrast",
     "Dependence",
     "Diagnosis",
     "Distance",
+    "EffectiveSize",
     "Figure",
+    "FreeEnergyPair",
+    "Multistate",
     "Population",
     "PopulationPair",
     "Profile",
     "Region",
+    "SamplingRate",
     "Status",
+    "Structure",
     "Summary",
     "Table",
     "acceptance_trace",
     "autocorrelation",
+    "autocorrelation_time",
     "backbone_dihedrals",
     "block_bootstrap",
     "block_count",
@@ -64,20 +80,29 @@ __all__ = [
     "energy_histograms",
     "energy_w2",
     "format_value",
+    "free_energy_difference",
     "free_energy_profile",
     "indicator_autocorrelation",
+    "jensen_shannon",
     "left_handed",
     "log_weight_histogram",
     "measure",
+    "multistate",
     "pair_distances",
     "pareto_shape",
+    "pareto_smooth",
     "phi_profile",
     "populations",
     "ramachandran_maps",
+    "read_topology",
+    "read_trajectory",
+    "read_weights",
     "report",
+    "sampling_rate",
     "single_pass_w2",
     "standard_error",
     "statistical_inefficiency",
+    "tica_projection",
     "to_svg",
     "torus_w2",
     "total_variation",

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.transform import Rotation
 
-from openmm_bg.analysis.statistics import Array, normalized_weights
+from openmm_bg.analysis.distances import transport
+from openmm_bg.analysis.statistics import Array
 from openmm_bg.errors import InputError
 
 _FOLLOWED = 16  # one of so many starts is followed to the end
@@ -92,7 +93,7 @@ def cluster_w2(
         a, b, particles, spatial_dimension, permute=permute, rotate=rotate, reflect=reflect, nearest=nearest,
         starts=starts,
     )  # fmt: skip
-    return _transport(cost, a_weights, b_weights)
+    return transport(np.square(cost), a_weights, b_weights)
 
 
 def single_pass_w2(
@@ -127,7 +128,7 @@ def single_pass_w2(
         gaps = np.sqrt(np.square(one[None, :, None] - y[:, None, :]).sum(-1))
         order = _matched(gaps)
         squared[i] = _squared(one[None], np.take_along_axis(y, order[..., None], 1), reflect=True)
-    return _transport(np.sqrt(np.maximum(squared, 0.0)), a_weights, b_weights)  # below zero by rounding only
+    return transport(np.maximum(squared, 0.0), a_weights, b_weights)  # below zero by rounding only
 
 
 def cluster_distances(
@@ -218,16 +219,6 @@ def _configurations(values: ArrayLike, name: str, particles: int, spatial_dimens
         raise InputError(f"{name} holds coordinates that are not finite; leave those out and say how many.")
     points = x.reshape(len(x), particles, spatial_dimension)
     return points - points.mean(1, keepdims=True)
-
-
-def _transport(distances: Array, a_weights: ArrayLike | None, b_weights: ArrayLike | None) -> float:
-    import ot
-
-    wa, wb = normalized_weights(a_weights, distances.shape[0]), normalized_weights(b_weights, distances.shape[1])
-    squared, log = ot.emd2(wa, wb, np.square(distances), numItermax=10_000_000, log=True)
-    if log["warning"] is not None:
-        raise RuntimeError(f"The optimal transport did not converge: {log['warning']}")
-    return math.sqrt(max(float(squared), 0.0))
 
 
 def _overlap(moments: Array, reflect: bool) -> Array:

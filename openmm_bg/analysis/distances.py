@@ -20,7 +20,7 @@ from openmm_bg.errors import InputError
 
 Metric = Callable[[Array, Array], float]
 
-_SIGMA = 2.0  # how many errors above the floor a distance has to be to count
+_SIGMA = 3.0  # how many errors above the floor a distance has to be to count
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Distance:
 
     @property
     def within_floor(self) -> bool:
-        """Whether the distance is at most two errors above what two halves of the reference show."""
+        """Whether the distance is at most three errors above what two halves of the reference show."""
         return self.value - self.floor <= _SIGMA * math.hypot(self.error, self.floor_error)
 
     def to_dict(self) -> dict[str, float | int | str | bool]:
@@ -120,8 +120,6 @@ def torus_w2(
     >>> round(torus_w2([[np.radians(179)]], [[np.radians(-179)]]), 6)
     2.0
     """
-    import ot
-
     x, y = _angles(a, "a"), _angles(b, "b")
     if x.shape[1] != y.shape[1]:
         raise InputError(f"a has {x.shape[1]} angles and b has {y.shape[1]}; compare the same torsions.")
@@ -129,7 +127,14 @@ def torus_w2(
     for k in range(x.shape[1]):  # one angle at a time keeps the memory at one matrix
         difference = np.degrees(np.subtract.outer(x[:, k], y[:, k]))
         cost += (difference - 360.0 * np.round(difference / 360.0)) ** 2
-    wa, wb = normalized_weights(a_weights, len(x)), normalized_weights(b_weights, len(y))
+    return transport(cost, a_weights, b_weights)
+
+
+def transport(cost: Array, a_weights: ArrayLike | None = None, b_weights: ArrayLike | None = None) -> float:
+    """Root of the least mean cost of moving one set of points onto another: W2 where (n, m) costs are squares."""
+    import ot
+
+    wa, wb = normalized_weights(a_weights, cost.shape[0]), normalized_weights(b_weights, cost.shape[1])
     squared, log = ot.emd2(wa, wb, cost, numItermax=10_000_000, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"The optimal transport did not converge: {log['warning']}")
@@ -209,6 +214,7 @@ def measure(
     rng: np.random.Generator,
     *,
     weights: ArrayLike | None = None,
+    reference_weights: ArrayLike | None = None,
     n: int | None = None,
     repeats: int = 5,
     blocks: int = 10,
@@ -231,6 +237,7 @@ def measure(
     weights : (M,) array, optional
         Of the samples, which are then resampled systematically. Weights that leave few effective samples
         repeat points, and that shows as distance, as it should.
+    reference_weights : (N,) array, optional
     n : int, optional
         At most half the reference and all samples, which is also what None means; ``Distance.n`` is the
         number used.
@@ -247,6 +254,7 @@ def measure(
     if len(ref) < 2 * blocks or len(new) < 2:
         raise InputError(f"{len(ref)} reference frames and {len(new)} samples are too few; give {2 * blocks} and 2.")
     w = None if weights is None else normalized_weights(weights, len(new))
+    v = None if reference_weights is None else normalized_weights(reference_weights, len(ref))
     most = min(len(ref) // blocks * (blocks // 2), len(new))
     if n is not None and n < 2:
         raise InputError(f"n must be 2 or more, not {n}.")
@@ -254,9 +262,9 @@ def measure(
     values, floors = np.empty(repeats), np.empty(repeats)
     for k in range(repeats):
         half, other = _halves(len(ref), blocks, rng)
-        first = ref[rng.choice(half, n, replace=False)]
-        values[k] = metric(first, new[_draw(len(new), n, w, rng)])
-        floors[k] = metric(first, ref[rng.choice(other, n, replace=False)])
+        first = ref[_draw(half, n, v, rng)]
+        values[k] = metric(first, new[_draw(np.arange(len(new)), n, w, rng)])
+        floors[k] = metric(first, ref[_draw(other, n, v, rng)])
     return Distance(
         name,
         float(values.mean()),
@@ -275,8 +283,11 @@ def _halves(n: int, blocks: int, rng: np.random.Generator) -> tuple[NDArray[np.i
     return np.concatenate(pieces[: blocks // 2]), np.concatenate(pieces[blocks // 2 :])
 
 
-def _draw(size: int, n: int, weights: Array | None, rng: np.random.Generator) -> NDArray[np.intp]:
+def _draw(frames: NDArray[np.intp], n: int, weights: Array | None, rng: np.random.Generator) -> NDArray[np.intp]:
+    """So many of some frames, systematically by weight."""
     if weights is None:
-        return rng.choice(size, n, replace=False)
-    cumulative = np.cumsum(weights)
-    return np.searchsorted(cumulative / cumulative[-1], (rng.random() + np.arange(n)) / n, side="right")
+        return rng.choice(frames, n, replace=False)
+    cumulative = np.cumsum(weights[frames])
+    if not cumulative[-1] > 0:
+        raise InputError("Half of the reference carries no weight at all; its weights cannot serve as a reference.")
+    return frames[np.searchsorted(cumulative / cumulative[-1], (rng.random() + np.arange(n)) / n, side="right")]

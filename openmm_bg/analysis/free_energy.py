@@ -214,10 +214,42 @@ def populations(
     if f.ndim != 1 or f.shape != s.shape or not (np.isfinite(f).all() and np.isfinite(s).all()):
         raise InputError(f"phi and psi must be finite and of one shape (frames,), not {f.shape} and {s.shape}.")
     w = normalized_weights(weights, len(f))
-    found = []
-    for basin in basins:
-        inside = basin.contains(f, s).astype(np.float64)
-        share, error = float(w @ inside), standard_error(inside, weights)
-        size = 0.0 if np.isnan(error) else share * (1 - share) / error**2  # n / g, with the weights' loss in it
-        found.append(Population(basin.name, share, error, size))
-    return tuple(found)
+    return tuple(population(basin.name, basin.contains(f, s), w) for basin in basins)
+
+
+def population(name: str, inside: ArrayLike, weights: ArrayLike | None = None) -> Population:
+    """The share of frames that are inside, (frames,) of bool, with an error that knows of correlation and weights."""
+    series = np.asarray(inside, dtype=np.float64)
+    w = normalized_weights(weights, len(series))
+    share, error = float(w @ series), standard_error(series, w)
+    size = 0.0 if np.isnan(error) else share * (1 - share) / error**2  # n / g, with the weights' loss in it
+    return Population(name, share, error, size)
+
+
+def free_energy_difference(inside: ArrayLike, base: ArrayLike, weights: ArrayLike | None = None) -> tuple[float, float]:
+    """Free energy of one state above another, -log(p / p_base) in kT, and its standard error.
+
+    Parameters
+    ----------
+    inside, base : (frames,) arrays of bool
+        Which frames lie in either, in the order they were made.
+    weights : (frames,) array, optional
+
+    Returns
+    -------
+    (float, float)
+        Infinite where the state was never visited, with a NaN error.
+
+    Examples
+    --------
+    >>> value, error = free_energy_difference([True, False, False, False] * 50, [False, True, True, False] * 50)
+    >>> round(value, 4), error > 0
+    (0.6931, True)
+    """
+    x, y = np.asarray(inside, dtype=np.float64), np.asarray(base, dtype=np.float64)
+    w = normalized_weights(weights, len(x))
+    p, q = float(w @ x), float(w @ y)
+    if not (p > 0 and q > 0):
+        return (np.inf if q > 0 else -np.inf if p > 0 else np.nan), np.nan
+    # the two shares are of one series: their errors do not add up as if they were independent
+    return -float(np.log(p / q)), standard_error(x / p - y / q, w)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import genpareto
 
-from openmm_bg.analysis.weights import pareto_shape, weight_size
+from openmm_bg.analysis.weights import pareto_shape, pareto_smooth, weight_size
 from openmm_bg.errors import InputError
 from openmm_bg.sampling import effective_sample_size, log_normalizer
 
@@ -61,3 +61,33 @@ def test_the_size_is_that_of_the_sampling_room():
     for nothing in ([], [-np.inf, -np.inf]):
         with pytest.raises(InputError, match="All weights are zero"):
             weight_size(nothing)
+
+
+def test_smoothed_weights_keep_their_order_and_all_but_the_tail():
+    log_w = 0.6 * np.random.default_rng(3).exponential(size=5000)
+    log_w[7] = -np.inf
+    smooth, shape = pareto_smooth(log_w)
+    assert shape == pareto_shape(log_w)
+    order = np.argsort(log_w)
+    assert (np.diff(smooth[order]) >= 0).all() and smooth.max() <= log_w.max()
+    changed = (smooth != log_w) | (log_w == log_w.max())  # the largest keeps its value as a cap
+    assert 100 < changed.sum() <= 213 and log_w[changed].min() > log_w[~changed].max()  # 3 sqrt(5000)
+    assert smooth[7] == -np.inf
+
+
+def test_smoothing_lowers_the_error_of_a_heavy_tail():
+    rng = np.random.default_rng(4)
+    raw, smooth = [], []
+    for _ in range(400):
+        log_w = 0.65 * rng.exponential(size=1000)  # weights of infinite variance, with mean 1 / (1 - 0.65)
+        raw.append(np.exp(log_w).mean())
+        smooth.append(np.exp(pareto_smooth(log_w).log_weights).mean())
+    exact = 1 / 0.35
+    assert np.std(smooth) < 0.8 * np.std(raw)
+    assert np.sqrt(np.mean((np.array(smooth) - exact) ** 2)) < np.sqrt(np.mean((np.array(raw) - exact) ** 2))
+
+
+def test_weights_without_a_tail_are_left_alone():
+    log_w = np.zeros(100)
+    smooth, shape = pareto_smooth(log_w)
+    assert (smooth == log_w).all() and np.isnan(shape.value)

@@ -217,7 +217,7 @@ def test_steps_one_by_one_with_interruptions_give_the_same_run(finished, tmp_pat
         assert cli.main(["sample", *output, "--quiet"]) == 130
     assert len(read_dcd(folder / "trajectory.dcd", 22)) == 33
     assert cli.main(["sample", *output, "--quiet"]) == 0
-    assert cli.main(["compare", *output, "--quiet"]) == 0
+    assert cli.main(["report", str(folder), "--quiet"]) == 0
     assert_same_result(folder, finished)
     assert "last leg" in (folder / "report.html").read_text()
 
