@@ -30,7 +30,12 @@ class Past(NamedTuple):
 
 
 def recall(
-    tensors: dict[str, Tensor], like: Tensor, size: int, n: int, generator: torch.Generator, temper: float = 0.0
+    tensors: dict[str, Tensor],
+    like: Tensor,
+    size: int,
+    n: int,
+    generator: torch.Generator,
+    temper: float | Tensor = 0.0,
 ) -> Past:
     """Some of the samples that ``tensors`` hold, rare ones more often.
 
@@ -42,7 +47,7 @@ def recall(
     size, n : int
         Samples held, and samples wanted, without replacement.
     generator : torch.Generator
-    temper : float
+    temper : float or Tensor
         They are drawn in proportion to ``q^-temper`` of their density then.
     """
     if not n:
@@ -57,7 +62,7 @@ def recall(
     return Past(*(tensors[f"past_{name}"][rows] for name in Past._fields))
 
 
-def tempered_rows(log_q: Tensor, known: Tensor, temper: float, n: int, generator: torch.Generator) -> Tensor:
+def tempered_rows(log_q: Tensor, known: Tensor, temper: float | Tensor, n: int, generator: torch.Generator) -> Tensor:
     """``n`` of the rows that are known, drawn without replacement in proportion to ``q^-temper``, e^3 times at most."""
     few = slice(None, None, max(1, len(log_q) // 4096))  # a median of all would take longer than the rest
     excess = (-temper * (log_q - masked_median(log_q[few], known[few]))).clamp(-8, 3).nan_to_num()

@@ -44,8 +44,8 @@ class ReversePath:
         slope that grows over the run. Early, the stiff coordinates of such a sample are to blame, and its torsions must
         not pay; late, it lies where the target has nothing.
     temper, explore : float
-        Flattening of the torsions drawn, and the share of samples with a torsion turned anywhere, which fades
-        over the run.
+        Flattening of the torsions drawn, which fades to a third over the run, and the share of samples with a torsion
+        turned anywhere, which fades to nothing.
     reach : float
         Such samples train the stiff coordinates with at least weight ``explored_weight`` while their log-weight
         is no further than this below the median: beyond, atoms overlap.
@@ -53,20 +53,21 @@ class ReversePath:
         Batches whose torsions are kept with what was found there, and how many batches of them take part in each step's
         log-variance. They cost no energy; without them the torsions' density is what limits the effective sample size.
     recall_temper : float
-        They are drawn from the memory with ``q^-recall_temper``: what is rare is seen again and again.
+        They are drawn from the memory with ``q^-recall_temper``: what is rare is seen again and again. It fades to a
+        third as well: rare regions are filled early, and what is left of the run is for the bulk.
     """
 
     power: float = 0.5
     cap: float = 5.0
     variance: float = 0.25
     window: float = 6.0
-    temper: float = 0.1
+    temper: float = 0.3
     explore: float = 0.08
     explored_weight: float = 0.3
     reach: float = 25.0
     memory: int = 64
     recall: int = 2
-    recall_temper: float = 0.2
+    recall_temper: float = 0.4
     needs_data: bool = field(default=False, init=False)
     needs_energy: bool = field(default=True, init=False)
     state: dict[str, float] = field(default_factory=dict, init=False)
@@ -95,7 +96,8 @@ class ReversePath:
         t, explored = self._draw_torsions(flow, step)
         learns_torsions = flow.torsions is not None and self.variance > 0
         batches = self.recall if learns_torsions and self.memory else 0
-        past = recall(self.tensors, t, self.memory * len(t), batches * len(t), step.generator, self.recall_temper)
+        temper = self.recall_temper * _fade(step.progress)
+        past = recall(self.tensors, t, self.memory * len(t), batches * len(t), step.generator, temper)
         log_q_t, log_q_past = flow.log_prob_torsions(torch.cat([t, past.torsions])).split([len(t), len(past.rest)])
         y, log_q_y, score = flow.draw_stiff_with_score(t, step.generator)
         leaf = y.detach().requires_grad_()
@@ -147,7 +149,8 @@ class ReversePath:
             return t, torch.zeros(n, dtype=torch.bool, device=step.device)
         with torch.no_grad():
             many, log_q = self._pool(flow, step)
-            chosen = tempered_rows(log_q, torch.isfinite(log_q), self.temper, n, step.generator)
+            temper = self.temper * _fade(step.progress)
+            chosen = tempered_rows(log_q, torch.isfinite(log_q), temper, n, step.generator)
             explored = torch.rand(n, **random) < self.explore * (1 - step.progress)
             other = torch.where(explored, torch.randint(len(many), (n,), **random), chosen)
             t = many[other].nan_to_num()
@@ -201,6 +204,10 @@ class ReversePath:
             mean = torch.where(usable.any(), moved, mean)
         self.tensors["log_mean_weight"] = mean
         return (self.power * (log_w - mean)).exp().clamp(max=self.cap)
+
+
+def _fade(progress: float | Tensor) -> float | Tensor:
+    return 1 - 2 / 3 * progress
 
 
 def _summary(log_w: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:

@@ -105,9 +105,7 @@ class Trainer:
         # validation draws its own numbers: how often one looks does not change what is learned
         self.validation_random = torch.Generator(self.device).manual_seed(seed + 1_000_003)
         groups = _parameter_groups(self.flow)
-        self.optimizer = torch.optim.Adam(
-            groups, lr=self.settings.learning_rate, betas=self.settings.betas, fused=True
-        )
+        self.optimizer = torch.optim.Adam(groups, lr=self.settings.learning_rate, betas=self.settings.betas, fused=True)
         self.replay: Replay | None = None
         if self.device.type == "cuda":
             self.replay = Replay(self.flow, self.average, groups, self.settings.betas, self.random, self.target)

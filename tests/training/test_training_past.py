@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from openmm_bg.flows import MolecularFlow
-from openmm_bg.training import ReversePath
+from openmm_bg.training import ReversePath, reverse
 from openmm_bg.training.objectives import Step
 from openmm_bg.training.past import Past, recall, remember
 
@@ -119,3 +119,12 @@ def test_without_memory_the_past_is_silent(flow):
             objective.advance()
         assert "past_rest" not in objective.tensors
     assert losses[0] == losses[1] and all(math.isfinite(loss) for loss in losses[0])
+
+
+def test_the_rare_is_recalled_less_often_at_the_end(flow, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reverse, "recall", lambda *a: asked.append(a[-1]) or recall(*a))
+    for progress in (0.0, 0.5, 1.0):
+        step = Step(flow, Turned(flow), None, 16, progress, torch.Generator().manual_seed(3))
+        ReversePath(recall_temper=0.6)(step)
+    assert asked == pytest.approx([0.6, 0.4, 0.2])

@@ -83,8 +83,9 @@ def test_exploration_turns_its_share_and_fades():
         assert abs(float(explored.float().mean()) - share) <= 4 * math.sqrt(share * (1 - share) / 4000)
 
 
-def test_torsions_are_drawn_from_the_flattened_density():
-    """Two bins of known probability: a draw without replacement by weights of the power 1 - temper."""
+@pytest.mark.parametrize("progress", [0.0, 0.6, 1.0])
+def test_torsions_are_drawn_from_the_flattened_density(progress):
+    """Two bins of known probability: a draw without replacement by weights of the power 1 - temper, which fades."""
     flow, objective = molecular(), ReversePath(temper=0.5, explore=0.0)
     n = 500
     log_q = torch.cat([torch.full((3 * n,), math.log(0.9)), torch.full((n,), math.log(0.1))])
@@ -92,13 +93,14 @@ def test_torsions_are_drawn_from_the_flattened_density():
     objective._pool = lambda *_: (many, log_q)
     rare = []
     for seed in range(40):
-        step = Step(flow, Quiet(), None, n, 0.0, torch.Generator().manual_seed(seed))
+        step = Step(flow, Quiet(), None, n, progress, torch.Generator().manual_seed(seed))
         t, _ = objective._draw_torsions(flow, step)
         rare.append(float((t[:, 0] < 0).float().mean()))
-    # by successive draws: the share of what remains, weights 1 and 3
+    # by successive draws: the share of what remains, weights 1 and 9^temper
+    weight = 9 ** (0.5 * (1 - progress * 2 / 3))
     left, expected = [3.0 * n, 1.0 * n], 0.0
     for _ in range(n):
-        p = 3 * left[1] / (3 * left[1] + left[0])
+        p = weight * left[1] / (weight * left[1] + left[0])
         expected += p / n
         left = [left[0] - (1 - p), left[1] - p]
     assert abs(sum(rare) / 40 - expected) < 0.01
