@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from openmm_bg import ContextEnergy, __version__, cli, systems, workflow
+from openmm_bg.analysis import multistate
 
 ALANINE = (files("openmm_bg.systems") / "alanine_dipeptide.pdb").read_text()
 ATOMS = [line for line in ALANINE.splitlines() if line.startswith(("ATOM", "HETATM"))]
@@ -380,6 +381,21 @@ def test_compare_prints_a_verdict(call, trajectories):
     assert code == 0 and err == ""
     assert "Too little to tell: " in out and "the bonds and angles that differ most:" in out
     assert "per million force evaluations" in out.splitlines()[-1] and "per second" in out.splitlines()[-1]
+
+
+def test_weights_from_states_and_smoothed_ones(call, trajectories):
+    """Two temperatures of which the first is wanted: frames weigh as exp(-u_1) / (exp(f_1 - u_1) + exp(f_2 - u_2))."""
+    u = np.random.default_rng(1).gamma(20, size=60)
+    np.savez(trajectories / "two.npz", reduced_energies=np.stack([u, 0.9 * u]), counts=np.array([30, 30]))
+    found = multistate(np.stack([u, 0.9 * u]), np.array([30, 30]))
+    np.save(trajectories / "log_w.npy", found.log_weights)
+    records = []
+    for given in (["--reference-states", "two.npz"], ["--reference-log-weights", "log_w.npy"]):
+        code, out, err = call(*AB, "--n", "20", "--json", "--smooth", "--weights", "w.txt", *given)
+        assert code == 0 and err == ""
+        records.append(json.loads(out))
+    assert records[0]["tests"] == records[1]["tests"]
+    assert records[0]["sample_kish"] == pytest.approx(60) and records[0]["pareto_k"] is not None
 
 
 @pytest.mark.parametrize("how", [FIELD, ["--system", "system.xml", "--platform", "Reference"]])

@@ -50,6 +50,9 @@ def explain(
     causes: list[str] = []
     gone: list[int] = []
 
+    def factor(c: Contrast) -> float:
+        return c.adjusted / c.p_value if c.p_value > 0 else len(contrasts)
+
     def settle(found: Sequence[int], corrected: Sides | None) -> None:
         """Take causes out, and with them all that is the same once they are corrected for."""
         nonlocal left, weights
@@ -57,9 +60,10 @@ def explain(
         if corrected is None or not left:
             return
         weights = corrected
-        again = {k: probes[k].ask(weights, typical).p_value * len(left) for k in left}
-        gone.extend(k for k in left if not again[k] <= ALPHA)
-        left = [k for k in left if again[k] <= ALPHA]
+        # at the level of before: what is asked again was chosen for being extreme
+        still = [k for k in left if probes[k].ask(weights, typical).p_value * factor(contrasts[k]) <= ALPHA]
+        gone.extend(k for k in left if k not in still)
+        left = still
 
     for fixed in (True, False):
         states = [k for k in left if _is_state(probes[k], fixed)]

@@ -161,8 +161,8 @@ class Circular:
         ]
         k = int(np.abs(sectors[1] - sectors[0]).argmax())
         p, q = float(sectors[0][k]), float(sectors[1][k])
-        even = (p + q) / 2
-        error = math.sqrt(even * (1 - even) * sum(1 / size if size else math.inf for size in (a.size, b.size)))
+        even = min((p + q) / 2, 1.0)  # above one by rounding only
+        error = math.sqrt(even * (1 - even) * (1 / a.size + 1 / b.size)) if min(a.size, b.size) > 0 else math.inf
         width = 360 / _SECTORS
         edges = [(-180 + width * (k + side)) / self.fold for side in (0, 1)]
         return Contrast(

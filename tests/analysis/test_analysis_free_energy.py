@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import i0
 
-from openmm_bg.analysis import BASINS, free_energy_profile, populations
+from openmm_bg.analysis import BASINS, free_energy_difference, free_energy_profile, populations
 from openmm_bg.errors import InputError
 
 
@@ -103,3 +103,22 @@ def test_inputs_are_checked():
         free_energy_profile([0.0, np.nan, 0.0, 1.0])
     with pytest.raises(InputError):
         populations([0.0, 1.0], [0.0])
+
+
+def test_free_energy_differences_have_the_errors_of_repetition():
+    rng = np.random.default_rng(11)
+    found = []
+    for _ in range(120):
+        state = np.searchsorted([0.5, 0.8], rng.random(400)).repeat(3)  # every draw three times: correlated
+        found.append(free_energy_difference(state == 2, state == 0))
+    values, errors = np.array(found).T
+    assert values.mean() == pytest.approx(math.log(0.5 / 0.2), abs=0.03)
+    assert errors.mean() == pytest.approx(values.std(), rel=0.2)
+
+
+def test_free_energy_differences_of_weights_and_of_what_was_never_seen():
+    third = np.arange(600) % 3
+    value, _ = free_energy_difference(third == 2, third == 0, np.where(third == 2, 2.0, 1.0))
+    assert value == pytest.approx(-math.log(2))
+    never, error = free_energy_difference(np.zeros(9, dtype=bool), np.ones(9, dtype=bool))
+    assert never == math.inf and math.isnan(error)
