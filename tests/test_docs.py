@@ -108,7 +108,7 @@ class Tiny:
         from openmm_bg.training import AdaptiveSettings
 
         return AdaptiveSettings(
-            walkers=4, heating_steps=20, settling_steps=20, steps=400, interval=20, rounds=1, likelihood_steps=1,
+            walkers=4, heating_steps=20, settling_steps=20, steps=100, interval=5, rounds=1, likelihood_steps=1,
             training_steps=1, closing_steps=1, draws=200,
         )  # fmt: skip
 

@@ -7,8 +7,12 @@ page. What exists and has no page stays plain; what does not exist is a warning.
 
 from __future__ import annotations
 
+import ast
 import functools
+import itertools
 import re
+import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from docutils import nodes
@@ -70,6 +74,15 @@ def keep_bars(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines
             lines[i] = "".join(part if k % 2 else re.sub(r"(?<!\\)\|", r"\\|", part) for k, part in enumerate(parts))
 
 
+def language(block: Iterable[str]) -> str:
+    """Of a few lines: Python, or a formula."""
+    try:
+        ast.parse(textwrap.dedent("\n".join(block)))
+    except SyntaxError:
+        return "text"
+    return "python"
+
+
 def keep_lines(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Before the first section, an indented paragraph is a formula or a few lines of code, not a quotation."""
     before = ""
@@ -78,7 +91,8 @@ def keep_lines(app: Sphinx, what: str, name: str, thing: Any, options: Any, line
             break
         indented = line.startswith("    ")
         if indented and not lines[i - 1] and not before.startswith((" ", ".. ", "- ")) and not before.endswith("::"):
-            lines[i] = f"::\n\n{line}"
+            block = itertools.takewhile(lambda line: line.startswith("    ") or not line, lines[i:])
+            lines[i] = f".. code-block:: {language(block)}\n\n{line}"
         before = line or before
     lines[:] = "\n".join(lines).split("\n")
 
