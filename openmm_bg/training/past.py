@@ -22,11 +22,14 @@ class Past(NamedTuple):
         ``q(y | t)`` was then, the mean of its exponential is the target's density of the torsions.
     log_q : Tensor, (n,)
         The torsions' log-density when they were drawn.
+    explored : Tensor of bool, (n,)
+        Whether a torsion was turned anywhere.
     """
 
     torsions: Tensor
     rest: Tensor
     log_q: Tensor
+    explored: Tensor
 
 
 def recall(
@@ -51,10 +54,11 @@ def recall(
         They are drawn in proportion to ``q^-temper`` of their density then.
     """
     if not n:
-        return Past(like[:0], like.new_zeros(0), like.new_zeros(0))
+        return Past(like[:0], like.new_zeros(0), like.new_zeros(0), like.new_zeros(0, dtype=torch.bool))
     if "past_rest" not in tensors or len(tensors["past_rest"]) != size:
         nothing = like.new_full((size,), math.nan)
         tensors |= {"past_torsions": like.new_zeros(size, like.shape[1]), "past_rest": nothing, "past_log_q": nothing}
+        tensors["past_explored"] = torch.zeros_like(nothing, dtype=torch.bool)
         tensors["past_next"] = torch.zeros(1, dtype=torch.long, device=like.device)
     log_q = tensors["past_log_q"]
     known = torch.isfinite(log_q) & torch.isfinite(tensors["past_rest"])

@@ -15,6 +15,8 @@ from openmm_bg.training.objectives import Step
 from openmm_bg.training.past import Past, recall, remember, tempered_rows
 
 _POOL_AGE = 8
+# Log-weight above the mean from which on a sample lies in a hole of q.
+_HOLE = 1.0
 
 
 @dataclass
@@ -111,20 +113,24 @@ class ReversePath:
         if learns_torsions:
             # only the torsions' density carries a gradient here; what has become less likely since counts less
             then = (log_q_past.detach() - past.log_q).clamp(max=1.0).exp().nan_to_num()
-            spread = self._log_variance(
+            spread, deviation = self._log_variance(
                 torch.cat([rest - log_q_t, past.rest - log_q_past]),
-                torch.cat([explored, torch.zeros_like(then, dtype=torch.bool)]),
+                torch.cat([explored, past.explored]),
                 torch.cat([torch.ones_like(rest), then]),
                 step.progress,
             )
             if batches:
-                remember(self.tensors, Past(t, torch.where(explored, math.nan, rest), log_q_t.detach()))
+                # of what was turned anywhere, the holes alone are worth a place
+                worth = ~explored | (deviation[: len(t)] > _HOLE)
+                remember(self.tensors, Past(t, torch.where(worth, rest, math.nan), log_q_t.detach(), explored))
             summary["log_variance"] = spread.detach()
             loss = loss + self.variance * spread
         return loss, summary
 
-    def _log_variance(self, log_w: Tensor, explored: Tensor, share: Tensor, progress: float | Tensor) -> Tensor:
-        """Variance of the log-weights about the mean of those near the median, robust on both sides."""
+    def _log_variance(
+        self, log_w: Tensor, explored: Tensor, share: Tensor, progress: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Variance of the log-weights about the mean of those near the median, robust on both sides; and deviations."""
         finite = torch.isfinite(log_w)
         log_w = torch.where(finite, log_w, 0.0)
         known = log_w.detach()
@@ -136,9 +142,10 @@ class ReversePath:
         # a region that the target does not have must empty, but one clash does not say that it is one
         square = torch.where(deviation < -self.window, -2 * progress * deviation, square)
         # explored samples speak where they have found a hole; elsewhere the flow's own samples know better
-        kept = finite & (~explored | (deviation.detach() > 1))
+        kept = finite & (~explored | (deviation.detach() > _HOLE))
         share = torch.where(kept, share, 0.0)
-        return (share * torch.where(kept, square, 0.0)).sum() / share.sum().clamp(min=1e-30)
+        spread = (share * torch.where(kept, square, 0.0)).sum() / share.sum().clamp(min=1e-30)
+        return spread, torch.where(finite, deviation.detach(), math.nan)
 
     def _draw_torsions(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor]:
         """Detached torsions ``(batch, torsions)``, and which were turned anywhere."""

@@ -15,7 +15,7 @@ from openmm_bg.training.past import Past, recall, remember
 
 def batch(first: int, n: int = 4) -> Past:
     number = torch.arange(first, first + n, dtype=torch.float64)
-    return Past(number[:, None].expand(-1, 2), number, -number)
+    return Past(number[:, None].expand(-1, 2), number, -number, number % 2 == 1)
 
 
 def test_the_ring_holds_the_newest_and_nothing_where_nothing_was():
@@ -30,6 +30,7 @@ def test_the_ring_holds_the_newest_and_nothing_where_nothing_was():
     held = recall(tensors, like, 12, 12, random)
     assert sorted(held.rest.tolist()) == list(range(4, 16))
     assert torch.equal(held.torsions, held.rest[:, None].expand(-1, 2)) and torch.equal(held.log_q, -held.rest)
+    assert torch.equal(held.explored, held.rest % 2 == 1)
 
 
 def test_the_rare_is_recalled_more_often():
@@ -37,7 +38,8 @@ def test_the_rare_is_recalled_more_often():
     log_q = torch.tensor([0.0, 0.0, -2.0, -20.0], dtype=torch.float64)
     tensors, like, random = {}, torch.zeros(4, 2, dtype=torch.float64), torch.Generator().manual_seed(1)
     recall(tensors, like, 4, 1, random)
-    remember(tensors, Past(like, torch.arange(4.0, dtype=torch.float64), log_q))
+    nowhere = torch.zeros(4, dtype=torch.bool)
+    remember(tensors, Past(like, torch.arange(4.0, dtype=torch.float64), log_q, nowhere))
     drawn = torch.cat([recall(tensors, like, 4, 1, random, temper=0.5).rest for _ in range(4000)])
     found = torch.bincount(drawn.long(), minlength=4) / 4000
     # the lower median is -2
@@ -128,3 +130,31 @@ def test_the_rare_is_recalled_less_often_at_the_end(flow, monkeypatch):
         step = Step(flow, Turned(flow), None, 16, progress, torch.Generator().manual_seed(3))
         ReversePath(recall_temper=0.6)(step)
     assert asked == pytest.approx([0.6, 0.4, 0.2])
+
+
+class Holed(Turned):
+    """It wants much more of the torsions where the first of them is negative."""
+
+    def value_and_gradient(self, q):
+        u, gradient = super().value_and_gradient(q)
+        return u - 5.0 * (self.flow.chart.split(q)[0][:, 0] < 0), gradient
+
+
+def test_of_what_was_turned_anywhere_the_holes_are_kept_and_heard_as_long_as_they_are_holes(flow, monkeypatch):
+    n = 16
+    t = torch.full((n, 2), 0.2, dtype=torch.float64)
+    t[:3, 0] = -0.2  # a hole, and the next ones are none
+    explored = torch.arange(n) < 6
+    objective = ReversePath(power=0.0, memory=2, recall=1)
+    monkeypatch.setattr(objective, "_draw_torsions", lambda *_: (t, explored))
+    objective(Step(flow, Holed(flow), None, n, 0.0, torch.Generator().manual_seed(3)))
+    known, which = objective.tensors["past_rest"][:n].isfinite(), objective.tensors["past_explored"][:n]
+    assert known.tolist() == [True] * 3 + [False] * 3 + [True] * 10 and torch.equal(which, explored)
+
+    # three more draws: two of the past were turned, one of them lies where it should
+    past = torch.tensor([0.0, 0.0, 0.0, 4.0, 0.5], dtype=torch.float64).requires_grad_()
+    turned = torch.tensor([False, False, False, True, True])
+    spread, deviation = objective._log_variance(past, turned, torch.ones(5, dtype=torch.float64), 0.0)
+    mean = 4.5 / 5
+    torch.testing.assert_close(deviation, past.detach() - mean)
+    assert spread.item() == pytest.approx((3 * mean**2 + (4 - mean) ** 2) / 4)
