@@ -72,7 +72,8 @@ def test_two_stage_moves(made):
     tried, moved, accepted, evaluated = map(
         int, re.search(r"(\d+) proposals, (\d+) moves of the scans, (\d+) of (\d+) ends accepted", printed).groups()
     )
-    assert tried == 20 * 200 and moved > evaluated >= accepted and 1 <= evaluated <= 20
+    # an end is evaluated where a scan has moved, once for each of the twenty
+    assert tried == 20 * 200 and moved >= evaluated >= accepted and evaluated <= 20
 
 
 def test_latent_moves(made):
@@ -122,7 +123,7 @@ def test_compare_with_md_reads_files(made, tmp_path):
         folder, "compare_with_md.py", "--topology", "made/molecule.pdb", "--reference", "made/trajectory.dcd",
         "--samples", "made/samples.npz", "--output", str(tmp_path),
     )  # fmt: skip
-    assert re.search(r"samples, weighted \(Kish size \d+\) against 40 reference frames", printed)
+    assert re.search(r"samples, weighted \(Kish size \d+\).* against 40 reference frames", printed)
     assert (tmp_path / "report.html").exists()
 
 
