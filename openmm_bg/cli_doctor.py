@@ -107,7 +107,7 @@ def _energies() -> Looked:
     molecule = systems.load("alanine_dipeptide")
     x = torch.as_tensor(molecule.positions)[None]
     with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always")  # recorded, and told below: a filter of the user's must not hide what is wrong
         there = ForceFieldEnergy(molecule.system, 300).potential(x)
     gap = float((there - ContextEnergy(molecule.system, 300, platform="Reference").potential(x)).abs().max())
     yield gap < _TOLERANCE, f"torch {torch.__version__}; energies are {gap:.1g} kJ/mol from OpenMM's."

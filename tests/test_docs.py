@@ -30,6 +30,7 @@ ROOMS = (
     "analysis", "app", "coordinates", "energies", "flows", "sampling", "systems", "training", "workflow"
 )  # fmt: skip
 
+# the wheel is tested outside the checkout, where there are no pages
 if not DOCS.is_dir():
     pytest.skip("the docs folder is not beside the tests", allow_module_level=True)
 
@@ -241,7 +242,7 @@ def test_the_tutorial_runs(notebook, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_documentation_builds_without_a_warning(tmp_path):
     missing = [name for name in ("sphinx", "furo", "myst_parser", "numpydoc") if not importlib.util.find_spec(name)]
-    if missing:
+    if missing:  # `make test` installs them; who has only the extra `test` can run all else
         pytest.skip(f"{', '.join(missing)} is not installed: pip install openmm_bg[docs]")
     command = [
         sys.executable,

@@ -19,6 +19,8 @@ from openmm_bg.units import thermal_energy
 
 TEMPERATURE = 300.0
 KT = thermal_energy(TEMPERATURE)
+HOT = 900.0
+FACTOR = HOT / TEMPERATURE
 
 
 class ProductFlow(Flow):
@@ -332,3 +334,21 @@ class HarmonicEnergy(Energy):
 
     def potential(self, x):
         return self(x) * KT
+
+
+def exact_chain(n, factor, rng):
+    """Internal coordinates (n, 6) of the chain at `factor` times the temperature: all of them are independent."""
+
+    def draw(grid, log_density, size):
+        cumulative = np.cumsum(np.exp(log_density - log_density.max()))
+        return np.interp(rng.uniform(size=size), cumulative / cumulative[-1], grid)
+
+    r, theta, phi = (
+        np.linspace(0.05, 0.3, 5001),
+        np.linspace(1e-6, np.pi - 1e-6, 5001),
+        np.linspace(-np.pi, np.pi, 5001),
+    )
+    bonds = draw(r, -0.5 * (r - BOND) ** 2 / BOND_SIGMA**2 / factor + 2 * np.log(r), (n, 3))
+    angles = draw(theta, -0.5 * (theta - ANGLE) ** 2 / ANGLE_SIGMA**2 / factor + np.log(np.sin(theta)), (n, 2))
+    torsion = draw(phi, -TORSION * np.cos(phi - TORSION_PHASE) / KT / factor, (n, 1))
+    return np.concatenate([bonds, angles, torsion], 1)

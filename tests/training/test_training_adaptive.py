@@ -11,6 +11,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
+from interruptions import interrupt_at
 from openmm import app
 from small_runs import equal, lines, timeless, weights
 
@@ -179,18 +180,6 @@ BRIEF = dataclasses.replace(
     CHAIN, walkers=8, heating_steps=20, settling_steps=20, steps=40, interval=10, likelihood_steps=4, training_steps=6,
     closing_steps=8, rounds=2, draws=200, capacity=50,
 )  # fmt: skip
-
-
-def interrupt_at(monkeypatch, owner: type, method: str, call: int) -> None:
-    """Ctrl-C at the so-many-th call of a method, counted from zero."""
-    original, count = getattr(owner, method), iter(range(call + 1))
-
-    def interrupted(self, *args, **kwargs):
-        if next(count) == call:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(owner, method, interrupted)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interruptions import interrupt_at
 
 import openmm_bg as bg
 from openmm_bg import cli
@@ -88,18 +89,6 @@ def test_what_a_run_says(finished):
     for phrase in ("Rounds of adaptation", "The generator learned from walkers that it moved itself.", "walkers"):
         assert phrase in text
     assert "replica exchange" not in text and "far shorter than usual" in text
-
-
-def interrupt_at(monkeypatch, owner: type, method: str, call: int) -> None:
-    """Ctrl-C at the so-many-th call of a method, counted from zero."""
-    original, count = getattr(owner, method), iter(range(call + 1))
-
-    def interrupted(self, *args, **kwargs):
-        if next(count) == call:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(owner, method, interrupted)
 
 
 def test_a_run_that_is_stopped_again_and_again_gives_the_same_numbers(finished, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ import mdtraj
 import numpy as np
 import pytest
 import torch
+from interruptions import interrupt_at
 from openmm import app
 
 import openmm_bg as bg
@@ -174,18 +175,6 @@ def test_a_finished_run_is_left_as_it_is(finished, capsys):
 # -- one step after the other, interrupted on the way
 
 
-def interrupt_after(monkeypatch, owner: type, method: str, calls: int) -> None:
-    """Ctrl-C at the so-many-th call of a method."""
-    original, count = getattr(owner, method), iter(range(calls + 1))
-
-    def interrupted(self, *args, **kwargs):
-        if next(count) == calls:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(owner, method, interrupted)
-
-
 def test_steps_one_by_one_with_interruptions_give_the_same_run(finished, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "steps"
     output = ["--output", str(folder)]
@@ -200,7 +189,7 @@ def test_steps_one_by_one_with_interruptions_give_the_same_run(finished, tmp_pat
     assert "sample needs what train makes" in capsys.readouterr().err
 
     with monkeypatch.context() as patch:
-        interrupt_after(patch, torch.optim.Adam, "step", 17)
+        interrupt_at(patch, torch.optim.Adam, "step", 17)
         assert cli.main(["train", *output, "--quiet"]) == 130
     captured = capsys.readouterr()
     assert "interrupted; what is done is in" in captured.err and "Traceback" not in captured.err
@@ -213,7 +202,7 @@ def test_steps_one_by_one_with_interruptions_give_the_same_run(finished, tmp_pat
     assert trained["resumed"] is True and trained["diagnosis"] == before["diagnosis"]
 
     with monkeypatch.context() as patch:
-        interrupt_after(patch, BoltzmannGeneratorSampler, "_iterate", 33)
+        interrupt_at(patch, BoltzmannGeneratorSampler, "_iterate", 33)
         assert cli.main(["sample", *output, "--quiet"]) == 130
     assert len(read_dcd(folder / "trajectory.dcd", 22)) == 33
     assert cli.main(["sample", *output, "--quiet"]) == 0
@@ -254,7 +243,7 @@ def test_a_budget_ends_training_and_is_kept(finished, tmp_path, monkeypatch, cap
     assert "neither a time" in refused(capsys, *train, "--budget", "an hour")
     assert (folder / "run.json").read_bytes() == before
     with monkeypatch.context() as patch:
-        interrupt_after(patch, torch.optim.Adam, "step", 22)
+        interrupt_at(patch, torch.optim.Adam, "step", 22)
         assert cli.main([*train, "--budget", "3000"]) == 130
     assert "began its training for 3000, not 1h" in refused(capsys, *train, "--budget", "1h")
     assert cli.main(train) == 0
