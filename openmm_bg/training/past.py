@@ -69,7 +69,9 @@ def recall(
 def tempered_rows(log_q: Tensor, known: Tensor, temper: float | Tensor, n: int, generator: torch.Generator) -> Tensor:
     """``n`` of the rows that are known, drawn without replacement in proportion to ``q^-temper``, e^3 times at most."""
     few = slice(None, None, max(1, len(log_q) // 4096))  # a median of all would take longer than the rest
-    excess = (-temper * (log_q - masked_median(log_q[few], known[few]))).clamp(-8, 3).nan_to_num()
+    typical = masked_median(log_q[few], known[few])
+    # NaN: what is not known, which is left out below, or no median yet, and then all that is known counts the same
+    excess = (-temper * (log_q - typical)).clamp(-8, 3).nan_to_num()
     # the largest of Gumbel-disturbed logarithms are such a draw
     gumbel = torch.empty_like(log_q).exponential_(generator=generator).log_().neg_()
     return torch.where(known, excess + gumbel, -math.inf).topk(n, sorted=False).indices
