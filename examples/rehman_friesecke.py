@@ -53,14 +53,14 @@ def table(name):
 
 effort = (
     double_well.Effort(
-        data=20_000,
-        test=100_000,
-        draws=5000,
-        likelihood=100,
-        energy={1.0: 120, 5.0: 120},
-        published=150,
-        few=300,
-        many=500,
+        data=10_000,
+        test=20_000,
+        draws=3000,
+        likelihood=40,
+        energy={1.0: 40, 5.0: 40},
+        published=100,
+        few=200,
+        many=300,
     )
     if short
     else double_well.Effort()
@@ -152,7 +152,7 @@ print(
 
 recipe = Recipe(frames=400, equilibration=20, steps=25) if short else Recipe(frames=22_000, equilibration=500)
 train, test, positions = reference(output, recipe)
-effort = dihedrals.Effort(steps=90, draws=5000, few=100, many=200) if short else dihedrals.Effort()
+effort = dihedrals.Effort(steps=60, draws=3000, few=100, many=200) if short else dihedrals.Effort()
 keep(dihedrals.resolution(train, test, effort))
 angles = {"MD, second run": test}
 for seed in seeds:

@@ -89,11 +89,16 @@ def one(experiment: Experiment, seed: int, options: argparse.Namespace) -> tuple
     n = options.samples
     if options.short:
         experiment = dataclasses.replace(
-            experiment, steps=10, hidden=min(16, experiment.hidden), batch=64, annealed={"steps": 10, "moves": 1}
+            experiment,
+            steps=4,
+            hidden=min(16, experiment.hidden),
+            batch=64,
+            solver_steps=min(8, experiment.solver_steps),
+            annealed={"steps": 10, "moves": 1},
         )
         if isinstance(experiment, FromWalkers):
-            experiment = dataclasses.replace(experiment, walkers=300, temperatures=10, likelihood_steps=10)
-        n = min(n, 300)
+            experiment = dataclasses.replace(experiment, walkers=300, temperatures=10, likelihood_steps=4)
+        n = min(n, 160)
     target, flow, objective = experiment.build(seed)
     if options.short:
         objective = _shortened(objective)
