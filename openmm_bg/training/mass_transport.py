@@ -22,6 +22,9 @@ _LARGEST = 70.0  # log of the largest multiplier
 _CHUNK = 4096
 # Effective share of the weights to the target from which on the flow is there; with constraints that is implied.
 _AT_TARGET = 0.5
+# Where the constraints hardly bind (sum of the multipliers) and weights mean something (their share), the flow is as
+# near as it comes once that share has not grown by so much from some rounds to the next.
+_HARDLY, _SPEAKS, _GROWTH, _WINDOW = 0.25, 0.1, 1.05, 6
 _LEAST_BOUND = 0.3
 
 
@@ -168,7 +171,9 @@ class ConstrainedMassTransport:
     In every round the flow draws ``samples`` and their energies; :func:`transport` finds the next distribution on the
     way to the target; and the flow learns it from these samples alone. No forces, no walkers. When both constraints
     have ceased to bind and half of the samples count, the flow is at the target, and after ``patience`` more rounds the
-    stage ends.
+    stage ends. It ends as well where the constraints hardly bind (multipliers below a quarter together), more than a
+    tenth of the samples count, and that share has not grown by a twentieth from six rounds to the next six: this
+    learning rate brings the flow no nearer.
 
     Special cases: ``entropy_bound=None`` follows the geometric path, ``trust_region=None`` the tempered one, both None
     is self-distillation by importance weights.
@@ -249,7 +254,8 @@ class ConstrainedMassTransport:
             self.state["seen"] = self._refill(step)
         numbers = dict(self.state["seen"])
         self.state["calls"] = calls + 1
-        if self.state.get("arrived", 0) > self.patience and (calls + 1) % self.steps_per_round == 0:
+        done = self.state.get("arrived", 0) > self.patience or self._stalled()
+        if done and (calls + 1) % self.steps_per_round == 0:
             self.state["finished"] = 1
         rows = torch.randint(len(self.tensors["q"]), (step.batch_size,), generator=step.generator, device=step.device)
         q, log_next, weight = (self.tensors[name][rows] for name in ("q", "log_next", "weight"))
@@ -283,6 +289,8 @@ class ConstrainedMassTransport:
         arrived = move.trust == 0 and move.entropy == 0 and now >= _AT_TARGET
         self.state["arrived"] = self.state.get("arrived", 0) + 1 if arrived else 0
         self.state["round"] = self.state.get("round", 0) + 1
+        near = move.trust + move.entropy < _HARDLY and now > _SPEAKS
+        self.state["shares"] = [*self.state.get("shares", []), now][-2 * _WINDOW :] if near else []
         weights = np.exp(log_ratio)
         if self.clip > 0:
             order = np.sort(weights)
@@ -305,6 +313,11 @@ class ConstrainedMassTransport:
             "entropy_drop": move.entropy_drop, "round_ess": float(share), "target_ess": now,
             "lost": float(1 - inside.mean()),
         }  # fmt: skip
+
+    def _stalled(self) -> bool:
+        shares = self.state.get("shares", [])
+        before, after = sum(shares[:_WINDOW]), sum(shares[_WINDOW:])
+        return len(shares) == 2 * _WINDOW and after < _GROWTH * before
 
     def _bound(self, log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> float | None:
         if self.entropy_bound != "auto":

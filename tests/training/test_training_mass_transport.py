@@ -77,6 +77,19 @@ def test_it_arrives_says_so_and_ends_its_stage(loss, bounds):
     assert samples.std(0).tolist() == pytest.approx(Narrow.widths, abs=0.05)
 
 
+def test_the_stage_ends_where_the_flow_comes_no_nearer():
+    """One coupling leaves one coordinate as it was, so half of the samples never count."""
+    target = Narrow()
+    target.means, target.widths = (0.8, 0.8), (0.4, 0.4)
+    generator = generator_of(target, RealNVP(2, layers=1, hidden=(8,)))
+    objective = Heard(None, None, samples=1500, steps_per_round=20)
+    result = generator.fit(steps=2000, objective=objective, settings=LEARN, progress=False)
+    assert objective.state["finished"] and result.steps == 20 * len(objective.heard) < 800
+    assert objective.state["arrived"] == 0
+    shares = [heard["target_ess"] for heard in objective.heard]
+    assert 0.1 < np.mean(shares[-6:]) < min(0.5, 1.05 * np.mean(shares[-12:-6]))
+
+
 @pytest.mark.parametrize("loss", ["log_variance", "likelihood"])
 def test_without_bounds_it_distils_its_own_importance_weights(loss):
     generator = generator_of(Narrow())
