@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(step, help=purpose, description=purpose, allow_abbrev=False)
         _begin(command)
-        command.set_defaults(do=_start, last=last)
+        command.set_defaults(do=_start, last=last, json=False)
+        if last == "report":
+            command.add_argument("--json", action="store_true", help="print summary.json, and nothing else")
     for step, last, purpose in (
         ("train", "train", "the second step: a generator, from walkers that it moves itself or from the exchange"),
         ("sample", "sample", "the third step: draws with weights, and MD with moves"),
@@ -95,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--output", required=True, metavar="DIR", help="the folder of a run that was begun")
         if step == "train":
             command.add_argument("--budget", metavar="B", help=_BUDGET)
-            _where(command)
+            _where(command, "workers", "scheduler", "device")
+        else:
+            _where(command, "platform")
         command.add_argument("--quiet", action="store_true", help="no progress bars")
         command.set_defaults(do=_continue, first=step, last=last)
     purpose = "the last step: summary.json and report.html"
@@ -161,14 +165,29 @@ def _begin(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="every step in well under a minute, to see that all works; its numbers mean little",
     )
-    _where(parser)
+    _where(parser, *_WHERE)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _where(parser: argparse.ArgumentParser) -> None:
-    where = parser.add_argument_group("where an adaptive run moves its walkers; the result does not depend on it")
-    where.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
-    where.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, such as tcp://10.0.0.1:8786")
+_WHERE = {
+    "workers": {"type": int, "metavar": "N", "help": "processes that move walkers (default: one for each core)"},
+    "scheduler": {"metavar": "ADDRESS", "help": "a Dask scheduler that does, such as tcp://10.0.0.1:8786"},
+    "device": {"metavar": "DEVICE", "help": "of training and of molecules in a batch: cpu (default), cuda or cuda:1"},
+    "platform": {"metavar": "NAME", "help": "of OpenMM, for single simulations (default: the fastest on one core)"},
+}
+
+
+def _where(parser: argparse.ArgumentParser, *names: str) -> None:
+    where = parser.add_argument_group("where; but for rounding the result does not depend on it")
+    for name in names:
+        where.add_argument(f"--{name}", **_WHERE[name])
+
+
+def _resources(options: argparse.Namespace) -> Any:
+    from openmm_bg.workflow import Resources
+
+    given = {name: getattr(options, name, None) for name in _WHERE}
+    return Resources(**{name: value for name, value in given.items() if value is not None})
 
 
 def _start(options: argparse.Namespace, command: str) -> None:
@@ -180,9 +199,12 @@ def _start(options: argparse.Namespace, command: str) -> None:
     with workflow.Run.start(
         options.molecule, options.output, _settings(options),
         forcefield=None if options.forcefield is None else tuple(options.forcefield), resume=options.resume,
-        command=command, say=_say, progress=not options.quiet, workers=options.workers, scheduler=options.scheduler,
+        command=command, say=_hush if options.json else _say, progress=not options.quiet,
+        resources=_resources(options),
     ) as run:  # fmt: skip
         run.run(options.last)
+        if options.json:
+            _say(run.path("summary.json").read_text())
 
 
 def _settings(options: argparse.Namespace) -> Any:
@@ -203,8 +225,7 @@ def _settings(options: argparse.Namespace) -> Any:
 def _continue(options: argparse.Namespace, command: str) -> None:
     from openmm_bg import workflow
 
-    where = {name: getattr(options, name, None) for name in ("workers", "scheduler")}
-    with workflow.Run.open(options.output, say=_say, progress=not options.quiet, **where) as run:
+    with workflow.Run.open(options.output, say=_say, progress=not options.quiet, resources=_resources(options)) as run:
         if getattr(options, "budget", None) is not None:
             run.set_budget(options.budget)
         run.run(options.last, options.first)
@@ -213,7 +234,7 @@ def _continue(options: argparse.Namespace, command: str) -> None:
 def _report(options: argparse.Namespace, command: str) -> None:
     from openmm_bg import workflow
 
-    say = (lambda line: None) if options.json else _say
+    say = _hush if options.json else _say
     with workflow.Run.open(options.output, say=say, progress=not options.quiet) as run:
         run.run("report", "compare")
         if options.json:
@@ -240,6 +261,10 @@ def _systems(options: argparse.Namespace, command: str) -> None:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _hush(line: str) -> None:
+    """A line that nobody asked for."""
 
 
 if __name__ == "__main__":

@@ -218,6 +218,8 @@ WORDS = {
     "few walkers": (["run", *ALA, "--walkers", "2", "--round-steps", "100"], "too few for 60 coordinates; give more w"),
     "odd round": (["run", *ALA, "--round-steps", "99"], "interval must divide the 99 steps of a round"),
     "no workers": (["run", *ALA, "--workers", "0"], "workers must be a whole number of at least 1"),
+    "no such device": (["run", *ALA, "--device", "tpu"], "There is no device 'tpu' here"),
+    "no such platform": (["run", *ALA, "--platform", "Abacus"], "no OpenMM platform 'Abacus' here; choose one of Ref"),
     "small budget": (["run", *ALA, "--budget", "1e6"], "1000000 evaluations leaves too little for training"),
     "ladder nan": (["run", *ALA, "--highest-temperature", "nan"], "highest_temperature must be a positive finite"),
     "zero frames": (

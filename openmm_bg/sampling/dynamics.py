@@ -374,13 +374,17 @@ def whole_number(value: Any, name: str, *, minimum: int) -> int:
     return int(value)
 
 
-def _context(system: openmm.System, integrator: openmm.Integrator, platform: str) -> openmm.Context:
+def platform_named(name: str) -> openmm.Platform:
+    """The platform of this name, or an InputError that lists those that are there."""
     try:
-        chosen = openmm.Platform.getPlatformByName(platform)
+        return openmm.Platform.getPlatformByName(name)
     except openmm.OpenMMException:
         known = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
-        message = f"There is no OpenMM platform {platform!r} here; choose one of {', '.join(known)}."
-        raise InputError(message) from None
+        raise InputError(f"There is no OpenMM platform {name!r} here; choose one of {', '.join(known)}.") from None
+
+
+def _context(system: openmm.System, integrator: openmm.Integrator, platform: str) -> openmm.Context:
+    chosen = platform_named(platform)
     properties = {"Threads": "1"} if platform == "CPU" else {}
     try:
         return openmm.Context(system, integrator, chosen, properties)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +13,11 @@ from openmm_bg.generator import BoltzmannGenerator
 from openmm_bg.sampling import (
     ReplicaExchangeResult,
     Trajectory,
-    WorkerPool,
-    dask_executor,
     geometric_temperatures,
     replica_exchange,
 )
 from openmm_bg.sampling.archive import load_arrays, save_arrays
 from openmm_bg.sampling.batched import batchable
-from openmm_bg.sampling.worker_pool import usable_cores
 from openmm_bg.systems import Molecule
 from openmm_bg.training import AdaptiveSettings, AdaptiveTraining, Budget
 from openmm_bg.workflow.diagnosis import backbone_regions
@@ -92,7 +86,7 @@ def adaptation(
     Parameters
     ----------
     options
-        executor, log, progress, callback of :class:`~openmm_bg.training.AdaptiveTraining`.
+        executor, training, log, progress, callback of :class:`~openmm_bg.training.AdaptiveTraining`.
     """
 
     def regions(positions: np.ndarray) -> dict[str, np.ndarray]:
@@ -104,19 +98,6 @@ def adaptation(
         generator, molecule.positions, regions=regions if known else None, settings=adaptive_settings(settings),
         budget=settings.budget, seed=settings.seed, checkpoint=checkpoint, resume=True, **options,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def executor_for(workers: int | None, scheduler: str | None) -> Iterator[Executor | None]:
-    """Where walkers run: Dask, a pool of processes, or for one worker this process."""
-    if scheduler is not None:
-        with dask_executor(scheduler) as executor:
-            yield executor
-    elif (usable_cores() if workers is None else workers) == 1:
-        yield None
-    else:
-        with WorkerPool(workers) as pool:
-            yield pool
 
 
 def save_held_out(path: Path, frames: np.ndarray) -> None:

@@ -30,10 +30,9 @@ from openmm_bg.errors import InputError
 from openmm_bg.files import write_atomically
 from openmm_bg.generator import BoltzmannGenerator, Samples
 from openmm_bg.generator_file import refuse_code
-from openmm_bg.sampling import Trajectory, bursts, fastest_platform, simulate
-from openmm_bg.sampling.dynamics import whole_number
+from openmm_bg.sampling import Trajectory, bursts, simulate
 from openmm_bg.systems import Molecule
-from openmm_bg.training import Figures
+from openmm_bg.training import Figures, Settings
 from openmm_bg.units import nanometers
 from openmm_bg.version import __version__
 from openmm_bg.workflow import page
@@ -43,7 +42,6 @@ from openmm_bg.workflow.data import (
     adaptation,
     check_budget,
     exchange,
-    executor_for,
     held_out_frames,
     save_held_out,
     settle,
@@ -51,6 +49,7 @@ from openmm_bg.workflow.data import (
 from openmm_bg.workflow.diagnosis import diagnose_generator
 from openmm_bg.workflow.material import Material
 from openmm_bg.workflow.record import LOCK, STEPS, locked, new_record, read_record, write_record
+from openmm_bg.workflow.resources import Resources
 from openmm_bg.workflow.results import Results, headline, measure
 from openmm_bg.workflow.settings import RunSettings
 from openmm_bg.workflow.source import canonical, is_file, is_sequence, load_molecule
@@ -68,10 +67,8 @@ class Run:
         Takes the lines a person reads.
     progress : bool
         Bars with the remaining time on stderr, where that is a terminal.
-    workers : int, optional
-        Processes that move the walkers of an adaptive run, by default one for each core; no result depends on it.
-    scheduler : str, optional
-        Address of a Dask scheduler, whose workers do so instead.
+    resources : Resources, optional
+        Where the work is done; by default on this machine's CPU.
 
     Use :meth:`start` or :meth:`open`.
 
@@ -88,15 +85,13 @@ class Run:
         *,
         say: Callable[[str], None],
         progress: bool,
-        workers: int | None = None,
-        scheduler: str | None = None,
+        resources: Resources | None = None,
     ):
         self.folder = folder
         self.record = record
         self.say = say
         self.progress = progress
-        self.workers = None if workers is None else whole_number(workers, "workers", minimum=1)
-        self.scheduler = scheduler
+        self.resources = resources or Resources()
         self.executor: Executor | None = None
         self.settings = RunSettings(**record["settings"])
         self._built: Molecule | None = None
@@ -114,8 +109,7 @@ class Run:
         command: str = "",
         say: Callable[[str], None] = print,
         progress: bool = True,
-        workers: int | None = None,
-        scheduler: str | None = None,
+        resources: Resources | None = None,
     ) -> Iterator[Run]:
         """Begin a run in a new or empty folder; with ``resume``, go on with the run the folder holds already.
 
@@ -133,12 +127,12 @@ class Run:
         resume : bool
         command : str
             Kept in run.json.
-        say, progress, workers, scheduler
+        say, progress, resources
             See :class:`Run`.
         """
         folder = Path(folder)
         if resume and (folder / "run.json").exists():
-            with cls.open(folder, say=say, progress=progress, workers=workers, scheduler=scheduler) as run:
+            with cls.open(folder, say=say, progress=progress, resources=resources) as run:
                 run._check_same(source, settings, forcefield)
                 yield run
             return
@@ -150,11 +144,9 @@ class Run:
         if folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
             hint = "continue the run it holds with --resume" if (folder / "run.json").exists() else "empty it"
             raise InputError(f"{folder} is not empty; choose another folder, or {hint}. Nothing was changed.")
-        if scheduler is not None:
-            with executor_for(None, scheduler):  # a scheduler that is not there is missed before the folder is touched
-                pass
         record = new_record(source, molecule, settings, command)
-        run = cls(folder, record, say=say, progress=progress, workers=workers, scheduler=scheduler)
+        run = cls(folder, record, say=say, progress=progress, resources=resources)
+        run.resources.check_scheduler()  # missed before the folder is touched
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             run._built = molecule
@@ -169,12 +161,11 @@ class Run:
         *,
         say: Callable[[str], None] = print,
         progress: bool = True,
-        workers: int | None = None,
-        scheduler: str | None = None,
+        resources: Resources | None = None,
     ) -> Iterator[Run]:
         """Open the folder of a run that was begun before."""
         folder = Path(folder)
-        run = cls(folder, read_record(folder), say=say, progress=progress, workers=workers, scheduler=scheduler)
+        run = cls(folder, read_record(folder), say=say, progress=progress, resources=resources)
         with locked(folder):
             yield run
 
@@ -261,7 +252,7 @@ class Run:
         wanted = STEPS[STEPS.index(first) : STEPS.index(last) + 1]
         walks = self.settings.data == "adaptive" and "train" in wanted and not self.done("train")
         # a scheduler that is not there is missed at once, not after an hour of dynamics
-        with executor_for(self.workers, self.scheduler) if walks else contextlib.nullcontext() as self.executor:
+        with self.resources.executor() if walks else contextlib.nullcontext() as self.executor:
             for step in wanted:
                 self._take(step)
 
@@ -304,19 +295,21 @@ class Run:
         md = simulate(
             molecule.system, molecule.positions, temperature=molecule.temperature,
             n_frames=max(1, s.md_steps // s.steps_per_iteration), steps_per_frame=s.steps_per_iteration,
-            timestep=TIMESTEP, seed=s.seed + 2, progress=self.progress,
+            timestep=TIMESTEP, seed=s.seed + 2, platform=self.resources.platform, progress=self.progress,
         )  # fmt: skip
         md.save(self.path("md.npz"))
         self._finish("simulate", started, {**numbers, "md_evaluations": md.force_evaluations})
 
     def _exchange(self, molecule: Molecule) -> dict[str, Any]:
         s = self.settings
-        exchanged = exchange(molecule, s, self.path("exchange.npz"), progress=self.progress)
+        exchanged = exchange(
+            molecule, s, self.path("exchange.npz"), device=self.resources.device, progress=self.progress
+        )
         frames = exchanged.trajectory(0)
         training, held_out = s.split(frames.positions)
         burst = bursts(
             molecule.system, training, temperature=molecule.temperature, n_bursts=s.bursts, seed=s.seed + 1,
-            timestep=TIMESTEP, progress=self.progress,
+            timestep=TIMESTEP, device=self.resources.device, progress=self.progress,
         )  # fmt: skip
         burst.save(self.path("training.npz"))
         frames.save(self.path("exchange_frames.npz"))
@@ -358,14 +351,16 @@ class Run:
         result = generator.fit(
             Trajectory.load(self.path("training.npz")).positions, steps=s.training_steps,
             likelihood_steps=s.likelihood_steps, budget=s.budget, seed=s.seed, log=self.path("training.jsonl"),
-            checkpoint=checkpoint, resume=checkpoint.exists(), progress=self.progress,
+            settings=Settings(device=self.resources.device), checkpoint=checkpoint, resume=checkpoint.exists(),
+            progress=self.progress,
         )  # fmt: skip
         return {name: getattr(result, name) for name in ("evaluations", "steps", "skipped", "rollbacks")}
 
     def _adapt(self, generator: BoltzmannGenerator, molecule: Molecule) -> dict[str, Any]:
         result = adaptation(
             generator, molecule, self.settings, self.path("training.checkpoint"), executor=self.executor,
-            log=self.path("training.jsonl"), progress=self.progress, callback=self._tell,
+            training=Settings(device=self.resources.device), log=self.path("training.jsonl"), progress=self.progress,
+            callback=self._tell,
         ).run()  # fmt: skip
         save_held_out(self.path("walkers.npz"), result.held_out)
         spent = dict(result.evaluations)
@@ -398,11 +393,8 @@ class Run:
         diagnosis, spent = self._diagnose(generator, draws)
         integrator = openmm.LangevinMiddleIntegrator(molecule.temperature, 1.0, TIMESTEP)
         integrator.setRandomNumberSeed(s.seed + 4)
-        where = fastest_platform(molecule.system)
-        properties = {"Threads": "1"} if where == "CPU" else {}
-        simulation = app.Simulation(
-            molecule.topology, molecule.system, integrator, openmm.Platform.getPlatform(where), properties
-        )
+        platform, properties = self.resources.platform_for(molecule.system)
+        simulation = app.Simulation(molecule.topology, molecule.system, integrator, platform, properties)
         # an equilibrated start: nothing has to be discarded
         simulation.context.setPositions(Trajectory.load(self.path("md.npz")).positions[-1])
         simulation.context.setVelocitiesToTemperature(molecule.temperature, s.seed + 5)
@@ -429,7 +421,7 @@ class Run:
                 bar.update()
                 bar.set_postfix_str(f"acceptance {sampler.acceptanceRate:.3f}")
         self._finish("sample", started, {
-            "platform": where,
+            "platform": platform.getName(),
             "proposed": sampler.numProposed,
             "accepted": sampler.numAccepted,
             "refused": sampler.numRefused,

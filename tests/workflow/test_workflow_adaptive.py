@@ -111,6 +111,23 @@ def test_a_run_that_is_stopped_again_and_again_gives_the_same_numbers(finished, 
     assert_same(folder, finished)
 
 
+def test_json_is_all_that_is_printed(finished, capsys):
+    assert cli.main(["run", "alanine_dipeptide", "--output", str(finished), "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((finished / "summary.json").read_text())
+
+
+def test_moves_on_another_platform(finished, tmp_path):
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(finished, folder)
+    record = run_json(folder)
+    assert record["steps"].pop("sample")["platform"] == "Reference"
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "moves.checkpoint").unlink()
+    assert cli.main(["sample", "--output", str(folder), "--quiet", "--platform", "CPU"]) == 0
+    again = run_json(folder)["steps"]["sample"]
+    assert again["platform"] == "CPU" and again["proposed"] == 100
+
+
 def test_a_killed_run_goes_on_with_more_workers(finished, tmp_path):
     folder = tmp_path / "killed"
     shutil.copytree(finished, folder)
