@@ -205,9 +205,11 @@ class Run:
     # -- the folder
 
     def path(self, name: str) -> Path:
+        """A file of the run, such as "generator.bg"; it need not be there yet."""
         return self.folder / name
 
     def done(self, step: str) -> bool:
+        """Whether one of ``workflow.STEPS`` is whole and recorded."""
         return step in self.record["steps"]
 
     def _write(self) -> None:
@@ -478,7 +480,25 @@ _PURPOSE: dict[Any, str] = {
 
 
 def generator_for(molecule: Molecule, settings: RunSettings) -> BoltzmannGenerator:
-    """The untrained generator of a run."""
+    """The untrained generator of a run.
+
+    Parameters
+    ----------
+    molecule : Molecule
+    settings : RunSettings
+        Its ``flow`` and ``seed`` are used.
+
+    Raises
+    ------
+    InputError
+        Where :meth:`~openmm_bg.BoltzmannGenerator.for_molecule` refuses the molecule.
+
+    Examples
+    --------
+    >>> from openmm_bg import systems
+    >>> generator_for(systems.load("alanine_dipeptide"), RunSettings(flow="realnvp")).flow.dimension
+    60
+    """
     return BoltzmannGenerator.for_molecule(
         molecule.topology, molecule.system, molecule.temperature, positions=molecule.positions, flow=settings.flow,
         seed=settings.seed,
