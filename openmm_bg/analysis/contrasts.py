@@ -19,6 +19,7 @@ from openmm_bg.analysis.statistics import Array, block_sums, statistical_ineffic
 
 _BLOCKS_PER_INEFFICIENCY = 8
 _FEWEST_BLOCKS, _MOST_BLOCKS = 4, 100
+_ROUNDING = 1e-6
 
 
 class Means(NamedTuple):
@@ -167,9 +168,20 @@ def adjusted(p_values: Sequence[float], families: Sequence[str]) -> NDArray[np.f
 # -- scores
 
 
-def pooled_ranks(a: ArrayLike, b: ArrayLike, a_weights: ArrayLike, b_weights: ArrayLike) -> tuple[Array, Array]:
-    """Ranks in the even mixture of both ensembles, from 0 to 1; equal values share the middle one."""
+def pooled_ranks(
+    a: ArrayLike, b: ArrayLike, a_weights: ArrayLike, b_weights: ArrayLike, period: float = math.inf
+) -> tuple[Array, Array]:
+    """Ranks in the even mixture of both ensembles, from 0 to 1; equal values share the middle one.
+
+    Values (nm, radians, kT) that all lie within a millionth are equal: how arithmetic rounds what never moves is a
+    pattern in the frames' numbers, not a sample.
+    """
     values = np.concatenate([np.asarray(a), np.asarray(b)])
+    apart = values - values[0]
+    if math.isfinite(period):
+        apart = (apart + period / 2) % period
+    if np.ptp(apart) < _ROUNDING:
+        values = np.zeros(len(values))
     w = np.concatenate([np.asarray(a_weights), np.asarray(b_weights)]) / 2
     order = np.argsort(values, kind="stable")
     ordered = values[order]

@@ -152,7 +152,7 @@ class Circular:
     fold: int = 1
 
     def ask(self, weights: Sides, typical: Sizes) -> Contrast:
-        ranks = pooled_ranks(self.reference, self.samples, *weights)
+        ranks = pooled_ranks(self.reference, self.samples, *weights, period=2 * np.pi)
         scores = [circular_scores(rank) for rank in ranks]
         a, b = (block_averages(score, w) for score, w in zip(scores, weights, strict=True))
         sectors = [
@@ -181,7 +181,8 @@ class Coupling:
     samples: tuple[NDArray[np.floating], NDArray[np.floating]]
 
     def ask(self, weights: Sides, typical: Sizes) -> Contrast:
-        turns = [pooled_ranks(x, y, *weights) for x, y in zip(self.reference, self.samples, strict=True)]
+        pairs = zip(self.reference, self.samples, strict=True)
+        turns = [pooled_ranks(x, y, *weights, period=2 * np.pi) for x, y in pairs]
         sides = []
         for k, w in enumerate(weights):
             u, v = (2 * np.pi * ranks[k] for ranks in turns)

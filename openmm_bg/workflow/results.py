@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from openmm_bg.analysis import (
+    BASINS,
     Backbone,
     Chain,
     Comparison,
@@ -31,6 +32,8 @@ from openmm_bg.workflow.settings import TRAINING_STEPS, RunSettings
 
 _FEW_TRANSITIONS = 10
 _FEW_DRAWS = 50
+_FEW_FRAMES = 20
+_LISTED = 5
 
 
 @dataclass
@@ -66,6 +69,8 @@ class Results:
     material : Material
     against_md : Comparison
         MD with moves against plain MD.
+    where_md_went : Comparison
+        The same without the frames of basins that plain MD never reached, about which it says nothing.
     other : str
         What else it is held against: "replica exchange", or "the reweighted draws" of an adaptive run.
     against_other : Comparison or None
@@ -85,6 +90,7 @@ class Results:
 
     material: Material
     against_md: Comparison
+    where_md_went: Comparison
     other: str
     against_other: Comparison | None
     ensembles: dict[str, Ensemble]
@@ -165,7 +171,10 @@ def measure(material: Material) -> Results:
     elif _kish(weights) >= _FEW_DRAWS:
         # draws are independent and cannot be cut into blocks: the chain is the side that has a floor
         against_other = _compare(m, moved, (m.samples[inside], m.sample_energy[inside]), has_backbone, weights)
-    results = Results(m, against_md, other, against_other, ensembles, residues, slowest, chains, efficiency, {})
+    where_md_went = _where_md_went(m, against_md, ensembles["MD with moves"])
+    results = Results(
+        m, against_md, where_md_went, other, against_other, ensembles, residues, slowest, chains, efficiency, {}
+    )
     results.summary = _summary(results)
     return results
 
@@ -223,6 +232,21 @@ def _compare(
     distance = measure_distance("energy W2", energy_w2, reference[1], samples[1], rng, weights=weights, unit="kT")
     kish = None if weights is None else _kish(weights)
     return Comparison((distance,), (), len(reference[0]), len(samples[0]), kish, n, 5, 0)
+
+
+def _where_md_went(m: Material, against_md: Comparison, chain: Ensemble) -> Comparison:
+    """MD with moves against plain MD, in the basins that both know."""
+    if chain.backbone is None:
+        return against_md
+    basins, residues = {basin.name: basin for basin in BASINS}, chain.backbone.residues
+    kept = np.ones(len(m.chain), dtype=bool)
+    for pair in against_md.populations:
+        if pair.agrees is False and pair.reference.value == 0 and pair.reference.name in basins:
+            angles = chain.backbone.pair(residues.index(pair.residue)).T
+            kept &= ~basins[pair.reference.name].contains(*angles)
+    if kept.all() or kept.sum() < _FEW_FRAMES:
+        return against_md
+    return _compare(m, (m.md, m.md_energy), (m.chain[kept], m.chain_energy[kept]), True)
 
 
 def training_cost(steps: dict[str, Any]) -> dict[str, int]:
@@ -322,7 +346,7 @@ def verdict(results: Results) -> str:
     """Whether MD with moves agrees with its references, and what could not be said."""
     other = results.other
     missed = _never_reached(results.against_md)
-    md = [name for name in _differs(results.against_md) if name not in missed]
+    md = [name for name in _differs(results.where_md_went) if name not in missed]
     differs = [] if results.against_other is None else _differs(results.against_other)
     if differs and md:
         text = f"MD with moves differs from {other} in {_listed(differs)}, from plain MD in {_listed(md)}."
@@ -355,13 +379,15 @@ def is_good(results: Results) -> bool:
     if results.against_other is None:
         return False
     missed = _never_reached(results.against_md)
-    differs = set(_differs(results.against_md)) - set(missed) or _differs(results.against_other)
+    differs = set(_differs(results.where_md_went)) - set(missed) or _differs(results.against_other)
     return bool(not differs and not results.unmeasured and results.material.accepted.any() and not results.is_short)
 
 
 def _differs(comparison: Comparison) -> list[str]:
-    names = [d.name for d in comparison.distances if not d.within_floor]
-    return names + [_short(p.name) for p in comparison.populations if p.agrees is False]
+    """What differs by itself; what only follows from that is left out."""
+    if not comparison.contrasts:  # an energy alone
+        return [d.name for d in comparison.distances if not d.within_floor]
+    return [_short(c.name) for c in comparison.contrasts if c.differs and c.name not in comparison.consequences]
 
 
 def _never_reached(comparison: Comparison) -> list[str]:
@@ -370,7 +396,8 @@ def _never_reached(comparison: Comparison) -> list[str]:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names)
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _short(name: str) -> str:

@@ -116,6 +116,17 @@ def test_ranks_are_those_of_scipy_with_ties_shared():
     np.testing.assert_allclose(c, d[1:])
 
 
+def test_what_only_rounding_moves_has_one_rank():
+    """An angle of 180 degrees that every second frame calls -180, and every third misses by the last digit."""
+    flat = np.where(np.arange(60) % 2, np.pi, -np.pi) + 1e-15 * (np.arange(60) % 3)
+    a, b = pooled_ranks(flat[:30], flat[30:], even(30), even(30), period=2 * np.pi)
+    assert set(a) | set(b) == {0.5}
+    a, b = pooled_ranks(flat[:30], flat[30:], even(30), even(30))
+    assert len(set(a) | set(b)) > 1, "without a period these are two places"
+    moves = np.r_[flat[:-1], 3.1]
+    assert len(set(pooled_ranks(moves[:30], moves[30:], even(30), even(30), period=2 * np.pi)[1])) > 1
+
+
 def test_scores_are_orthonormal():
     ranks = (np.arange(100_000) + 0.5) / 100_000
     for scores, scale in ((linear_scores(ranks), 1.0), (circular_scores(ranks), 0.5)):
