@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import select
 import signal
 import struct
 import subprocess
@@ -326,11 +327,23 @@ def _read(stream: IO[bytes], size: int) -> bytearray:
     return data
 
 
+def _end_with_parent(requests: int) -> None:
+    """End this process as soon as nobody is left to ask: not after a chunk that nobody will read."""
+    if not hasattr(select, "poll"):
+        return  # elsewhere the end of the stream is seen after the chunk
+    watch = select.poll()
+    watch.register(requests, 0)  # hanging up is reported unasked
+    while not any(event & (select.POLLHUP | select.POLLERR) for _, event in watch.poll()):
+        pass
+    os._exit(0)
+
+
 def main() -> None:
     """The worker: answer requests from standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     requests, replies = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb", 0)
     os.dup2(2, 1)  # whatever is printed must not get between the replies
+    threading.Thread(target=_end_with_parent, args=(requests.fileno(),), daemon=True).start()
     evaluator: Evaluator | None = None
     while True:
         try:
