@@ -18,6 +18,7 @@ setup(
     },
     package_data={
         "openmm_bg": ["py.typed", "prelude.h"],
+        "openmm_bg.analysis": ["*.js"],
         "openmm_bg.forcefields": ["*.xml"],
         "openmm_bg.systems": ["*.pdb"],
     },

@@ -17,6 +17,7 @@ from openmm_bg.analysis.free_energy import (
     left_handed,
     populations,
 )
+from openmm_bg.analysis.molecule_view import MoleculeView
 from openmm_bg.analysis.multistate import Multistate, multistate
 from openmm_bg.analysis.pairs import EffectiveSize, FreeEnergyPair, PopulationPair
 from openmm_bg.analysis.plots import energy_histograms, log_weight_histogram, phi_profile, ramachandran_maps
@@ -24,6 +25,7 @@ from openmm_bg.analysis.plots_runs import Chain, acceptance_trace, indicator_aut
 from openmm_bg.analysis.probes import Contrast
 from openmm_bg.analysis.rates import SamplingRate, autocorrelation_time, sampling_rate
 from openmm_bg.analysis.report import Card, Figure, Status, Summary, Table, report
+from openmm_bg.analysis.representatives import Conformation, representatives
 from openmm_bg.analysis.statistics import (
     autocorrelation,
     block_bootstrap,
@@ -47,6 +49,7 @@ __all__ = [
     "Card",
     "Chain",
     "Comparison",
+    "Conformation",
     "Contrast",
     "Dependence",
     "Diagnosis",
@@ -54,6 +57,7 @@ __all__ = [
     "EffectiveSize",
     "Figure",
     "FreeEnergyPair",
+    "MoleculeView",
     "Multistate",
     "Population",
     "PopulationPair",
@@ -98,6 +102,7 @@ __all__ = [
     "read_trajectory",
     "read_weights",
     "report",
+    "representatives",
     "sampling_rate",
     "single_pass_w2",
     "standard_error",

@@ -1,4 +1,4 @@
-"""One page that says what came out: a single HTML file without scripts, network or neighbours."""
+"""One page that says what came out: a single HTML file that needs no network and no neighbours."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from enum import Enum
 from pathlib import Path
 
 from openmm_bg.analysis import page
-from openmm_bg.analysis.style import prefix_ids
+from openmm_bg.analysis.figure_data import table_csv
+from openmm_bg.analysis.molecule_view import MoleculeView, script
+from openmm_bg.analysis.style import prefix_ids, split_data
 from openmm_bg.errors import InputError
 from openmm_bg.files import write_atomically
 
@@ -61,7 +63,8 @@ class Figure:
     ----------
     title, caption : str
     svg : str
-        One inline ``<svg>`` element: :func:`openmm_bg.analysis.to_svg`. It is not escaped; draw it yourself.
+        One inline ``<svg>`` element: :func:`openmm_bg.analysis.to_svg`. It is not escaped; draw it yourself. The
+        numbers that it carries become a download.
     wide : bool
         Takes the full width of the page.
     """
@@ -95,12 +98,15 @@ def report(
     *,
     title: str,
     summary: Summary,
-    figures: Sequence[Figure] = (),
+    figures: Sequence[Figure | MoleculeView] = (),
     tables: Sequence[Table] = (),
     notes: Sequence[str] = (),
     provenance: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a report: verdict, key figures, figures, tables, limits, provenance.
+
+    Every figure and table has a link that saves its numbers as CSV; the link holds them, so it works offline. Only a
+    :class:`~openmm_bg.analysis.MoleculeView` needs a script to turn, and without one it is still drawn.
 
     The file appears whole or not at all: it is written beside its place and then moved there.
 
@@ -110,7 +116,7 @@ def report(
         Of the HTML file, in a folder that exists.
     title : str
     summary : Summary
-    figures : sequence of Figure
+    figures : sequence of Figure or MoleculeView
     tables : sequence of Table
     notes : sequence of str
         What a reader must know to not believe too much; a paragraph each.
@@ -133,19 +139,33 @@ def report(
         if any(len(row) != len(table.columns) for row in table.rows):
             raise InputError(f"A row of the table {table.title!r} does not have its {len(table.columns)} cells.")
     for figure in figures:
-        if not (figure.svg.startswith("<svg") and figure.svg.endswith("</svg>")):
+        if isinstance(figure, Figure) and not (figure.svg.startswith("<svg") and figure.svg.endswith("</svg>")):
             raise InputError(f"The figure {figure.title!r} is not one <svg> element; make it with to_svg.")
     body = [page.head(title, summary.verdict, summary.status.name.lower(), summary.status.value, summary.text)]
     body.append(page.cards([(card.label, card.value, card.note) for card in summary.cards]))
-    drawn = [
-        # numbered anew, so that even one figure shown twice has two sets of ids
-        page.figure(number, f.title, prefix_ids(f.svg, f"f{number}"), f.caption, wide=f.wide)
-        for number, f in enumerate(figures, 1)
-    ]
+    drawn = [_figure(number, figure) for number, figure in enumerate(figures, 1)]
     body.append(page.section("figures", "Figures", drawn, grid=True))
-    body.append(page.section("numbers", "Numbers", [page.table(t.title, t.columns, t.rows, t.caption) for t in tables]))
+    written = [
+        page.table(number, t.title, t.columns, t.rows, t.caption, table_csv(t.columns, t.rows))
+        for number, t in enumerate(tables, 1)
+    ]
+    body.append(page.section("numbers", "Numbers", written))
     body.append(page.section("limits", "Limits", [page.notes(notes)] if notes else []))
     body.append(page.section("provenance", "Provenance", [page.definitions(provenance)] if provenance else []))
-    document = page.document(title, "\n".join(part for part in body if part))
+    program = script() if any(isinstance(figure, MoleculeView) for figure in figures) else ""
+    document = page.document(title, "\n".join(part for part in body if part), program)
     write_atomically(target, document.encode())
     return target
+
+
+def _figure(number: int, figure: Figure | MoleculeView) -> str:
+    """Numbered anew, so that even one figure shown twice has two sets of ids."""
+    prefix = f"f{number}"
+    if isinstance(figure, Figure):
+        svg, data = split_data(figure.svg)
+        return page.figure(number, figure.title, prefix_ids(svg, prefix), figure.caption, data, wide=figure.wide)
+    panels = [
+        (prefix_ids(svg, prefix), conformation.name, conformation.note)
+        for svg, conformation in zip(figure.drawings(), figure.conformations, strict=True)
+    ]
+    return page.molecules(number, figure.title, panels, figure.caption, figure.csv())

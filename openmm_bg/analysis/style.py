@@ -7,8 +7,10 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape, unescape
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from openmm_bg.analysis.figure_data import figure_csv
 from openmm_bg.errors import InputError
 
 if TYPE_CHECKING:
@@ -107,10 +109,11 @@ def legend_above(figure: Figure, labels: Sequence[str]) -> None:
 
 
 def to_svg(figure: Figure, prefix: str | None = None) -> str:
-    """A figure as one inline ``<svg>`` element that refers to nothing outside itself.
+    """A figure as one inline ``<svg>`` element that refers to nothing outside itself and carries its numbers.
 
     The same figure gives the same text: no date, fixed hashes. Every id carries a prefix, so that several
-    figures can stand in one page.
+    figures can stand in one page. The numbers stand in ``<metadata>`` as CSV, read off what is drawn
+    (:func:`~openmm_bg.analysis.figure_data.figure_csv`); a report turns them into a download.
 
     Parameters
     ----------
@@ -128,7 +131,9 @@ def to_svg(figure: Figure, prefix: str | None = None) -> str:
 
     buffer = io.StringIO()
     with rc_context(_SETTINGS):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        # the page gives the ground, which may be dark
+        none = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(buffer, format="svg", transparent=True, metadata=none)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
@@ -138,7 +143,19 @@ def to_svg(figure: Figure, prefix: str | None = None) -> str:
     # the reader's own typeface; DejaVu, with which the layout was measured, is wider than most
     text = text.replace("font-family: 'DejaVu Sans'", "font-family: system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif")
     text = re.sub(r"\n\s*", "\n", text)
-    return prefix_ids(text, prefix or "s" + hashlib.sha256(text.encode()).hexdigest()[:10])
+    text = prefix_ids(text, prefix or "s" + hashlib.sha256(text.encode()).hexdigest()[:10])
+    return with_data(text, figure_csv(figure))
+
+
+def with_data(svg: str, data: str) -> str:
+    """An SVG text that carries data, such as CSV, in a ``<metadata>`` element; unchanged where there is none."""
+    return svg.replace(">", f">\n<metadata>{escape(data)}</metadata>", 1) if data else svg
+
+
+def split_data(svg: str) -> tuple[str, str]:
+    """An SVG text without the data that it carries, and these; empty where it carries none."""
+    found = re.search(r"\n<metadata>(.*?)</metadata>", svg, flags=re.DOTALL)
+    return (svg[: found.start()] + svg[found.end() :], unescape(found[1])) if found else (svg, "")
 
 
 def prefix_ids(svg: str, prefix: str) -> str:

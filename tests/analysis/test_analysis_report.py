@@ -7,13 +7,14 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 
 from openmm_bg import analysis as bga
 from openmm_bg.analysis.formatting import format_value
-from openmm_bg.analysis.style import colors_of, prefix_ids
+from openmm_bg.analysis.style import colors_of, prefix_ids, split_data, with_data
 from openmm_bg.errors import InputError
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -24,7 +25,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.ids, self.addresses, self.tags, self.words = [], [], [], [], []
+        self.open, self.ids, self.addresses, self.tags, self.words, self.links = [], [], [], [], [], []
         self.feed(text)
         self.close()
         assert not self.open
@@ -46,6 +47,8 @@ class Page(HTMLParser):
         self.words.append(data)
 
     def _note(self, attrs):
+        if "download" in dict(attrs):
+            self.links.append(dict(attrs))
         for key, value in attrs:
             if key == "id":
                 self.ids.append(value)
@@ -92,7 +95,7 @@ def test_svg_is_well_formed_reproducible_and_alone(drawn):
         ElementTree.fromstring(svg)
         assert svg == bga.to_svg(again[name])
         assert "<style" not in svg  # a style sheet inside would rule the whole page
-        assert "<metadata" not in svg
+        assert svg.count("<metadata>") == 1  # the figure's own numbers
         for address in re.findall(r'href="([^"]*)"', svg):
             assert address.startswith(("#", "data:image/png;base64,"))
         ids = re.findall(r'\sid="([^"]*)"', svg)
@@ -167,6 +170,11 @@ def test_report_is_one_page_that_needs_nothing(tmp_path, drawn):
     assert "b" not in page.tags
     assert len(page.ids) == len(set(page.ids))
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    saved = {attributes["download"]: unquote(attributes["href"]).partition(",")[2] for attributes in page.links}
+    assert len(saved) == len(page.links) == len(drawn) + 1
+    assert saved["table-1-populations.csv"] == "Basin,MD\nleft,3.0 ± 0.2\n<i>,1\n"
+    for number, (name, (_, svg)) in enumerate(drawn.items(), 1):
+        assert saved[f"figure-{number}-{name}.csv"] == split_data(svg)[1]
     bare = re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
     assert not re.search(r"https?://|//\w|@import|url\((?!#)", re.sub(r"data:image/png;base64,[\w+/=\s]*", "", bare))
     words = " ".join(page.words)
@@ -175,6 +183,23 @@ def test_report_is_one_page_that_needs_nothing(tmp_path, drawn):
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_svg_keeps_its_data_whatever_they_hold():
+    data = 'a <b> & "c",</metadata>\n1,2\n'
+    svg = with_data("<svg><g/></svg>", data)
+    ElementTree.fromstring(svg)
+    assert split_data(svg) == ("<svg><g/></svg>", data)
+    assert split_data("<svg></svg>") == ("<svg></svg>", "") and with_data("<svg></svg>", "") == "<svg></svg>"
+
+
+def test_only_a_view_of_molecules_needs_a_script(tmp_path, drawn, alanine):
+    shown = bga.Conformation("as in its <file>", alanine.positions, "99 ± 1 %", 0.99)
+    view = bga.MoleculeView("The molecule", alanine.topology, [shown, shown], "Caption.")
+    page = Page(write(tmp_path / "r.html", drawn, figures=[view, view]).read_text())
+    assert page.tags.count("script") == 1 and page.tags.count("svg") == 4
+    assert len(page.ids) == len(set(page.ids))
+    assert "as in its <file>" in page.words and "99 ± 1 %" in page.words
 
 
 def test_a_figure_shown_twice_has_two_sets_of_ids(tmp_path, drawn):
