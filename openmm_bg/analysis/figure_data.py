@@ -96,7 +96,8 @@ def _drawn(figure: Figure) -> Iterator[tuple[Columns, Columns]]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import StepPatch
 
-    bars = {mesh.colorbar.ax for ax in figure.axes for mesh in ax.findobj(QuadMesh) if mesh.colorbar is not None}
+    bars = [mesh.colorbar.ax for ax in figure.axes for mesh in ax.findobj(QuadMesh) if mesh.colorbar is not None]
+    height = next((bar.get_ylabel() for bar in bars), "") or "value"  # one bar serves every map of a figure
     for ax in figure.axes:
         if ax in bars:
             continue
@@ -117,7 +118,6 @@ def _drawn(figure: Figure) -> Iterator[tuple[Columns, Columns]]:
             elif isinstance(artist, QuadMesh):
                 corners = artist.get_coordinates()
                 centres = (corners[:-1, :-1] + corners[1:, 1:]) / 2
-                height = artist.colorbar.ax.get_ylabel() if artist.colorbar is not None else "value"
                 values = np.ma.filled(artist.get_array().astype(np.float64), np.nan).ravel()
                 points = [(x, centres[..., 0].ravel()), (y, centres[..., 1].ravel())]
                 yield points, [(_column(ax, artist, height), values)]

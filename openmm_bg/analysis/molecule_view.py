@@ -122,11 +122,11 @@ class MoleculeView:
 
         parts: list[tuple[float, str]] = []
         for k, (atom, p, s, r) in enumerate(zip(self._atoms, x, scale, radii, strict=True)):
-            across, down = project(p.astype(np.float64))
+            left, top = project(p.astype(np.float64))
             parts.append((
                 float(p[2]),
                 f'<g class="ball {_kind(atom)}" data-atom="{k}" data-at="{p[0]} {p[1]} {p[2]}" '
-                f'transform="translate({across:.1f} {down:.1f}) scale({s:.3f})" style="--depth:{_depth(p[2], reach)}">'
+                f'transform="translate({left:.1f} {top:.1f}) scale({s:.3f})" style="--depth:{_depth(p[2], reach)}">'
                 f'<title>{escape(f"{atom.residue} {atom.name}")}</title><circle r="{r}"/>'
                 f'<circle r="{r}" fill="url(#shine{number})"/></g>',
             ))  # fmt: skip
@@ -146,12 +146,16 @@ class MoleculeView:
                 ))  # fmt: skip
         parts.sort(key=lambda part: part[0])  # what is far is drawn first
         conformation = self.conformations[number]
-        # as wide as the nearest a ball at the rim can come to the eye
-        half = round(reach * _EYE / (_EYE**2 - 1) ** 0.5 + max(radii) + 1)
+        # turned about either axis it stays inside: seen from the eye, a sphere is a little larger than its radius
+        rise = float(np.linalg.norm(self.positions[..., 1:], axis=2).max()) + 1.0
+        across, down = (
+            round(eye * radius / (eye**2 - radius**2) ** 0.5 + max(radii) * eye / (eye - reach))
+            for radius in (reach, rise)
+        )
         label = ", ".join(text for text in (conformation.name, conformation.note) if text)
         return (
             f'<svg role="img" aria-label="{escape(label)}: balls and sticks" '
-            f'viewBox="{-half} {-half} {2 * half} {2 * half}" '
+            f'viewBox="{-across} {-down} {2 * across} {2 * down}" '
             f'data-eye="{eye:.1f}" data-reach="{reach:.1f}" data-stick="{_STICK}" data-tucked="{_TUCKED}">'
             f'<defs><radialGradient id="shine{number}" cx="0.36" cy="0.32" r="0.72">'
             '<stop offset="0" stop-color="#fff" stop-opacity="0.7"/><stop offset="0.5" stop-color="#fff" '

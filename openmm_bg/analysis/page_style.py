@@ -76,7 +76,7 @@ figcaption { color: var(--soft); font-size: 0.88rem; line-height: 1.5; margin-to
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr)); gap: 0.6rem 1rem; }
 .panels.live { cursor: grab; touch-action: pan-y; user-select: none; border-radius: 0.4rem; }
 .panels.live:active { cursor: grabbing; }
-.panels svg { max-height: 22rem; }
+.panels svg { max-height: 22rem; overflow: visible; }
 .panels p { text-align: center; font-size: 0.88rem; line-height: 1.4; margin: 0.2rem auto 0; }
 .hint { color: var(--soft); font-size: 0.8rem; text-align: center; margin: 0.7rem auto 0; }
 .C { --tint: var(--C); } .H { --tint: var(--H); } .N { --tint: var(--N); } .O { --tint: var(--O); }
@@ -127,10 +127,12 @@ footer { margin-top: 3rem; color: var(--soft); font-size: 0.82rem; }
   main { max-width: none; padding: 0; }
   h2 { break-after: avoid; margin-top: 8mm; }
   .grid { grid-template-columns: 1fr 1fr; gap: 4mm; }
-  .panels { grid-template-columns: repeat(3, 1fr); }
+  .panels { grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
   .scroll, .canvas { overflow: visible; }
   figure.wide .canvas svg { min-width: 0; }
-  td { white-space: normal; }
+  th, td { white-space: normal; padding: 0.35rem 0.5rem; }
+  thead th { white-space: normal; }
+  tbody th { min-width: 0; }
   a.data, .hint { display: none; }
 }
 """

@@ -68,13 +68,13 @@ def representatives(
     Raises
     ------
     InputError
-        Where shapes do not fit, the topology has no bonds, or a frame that carries weight is not finite.
+        Where shapes do not fit, the topology has no bonds, fewer than two frames carry weight or one is not finite.
 
     Examples
     --------
     >>> from openmm_bg import systems
     >>> molecule = systems.load("alanine_dipeptide")
-    >>> found = representatives(molecule.positions[None], molecule.topology)
+    >>> found = representatives(np.tile(molecule.positions, (4, 1, 1)), molecule.topology)
     >>> [conformation.share for conformation in found]
     [1.0]
     """
@@ -86,6 +86,8 @@ def representatives(
         )
     w = normalized_weights(weights, len(x))
     x, w = x[w > 0], w[w > 0]
+    if len(x) < 2:
+        raise InputError("The error of a population needs two frames or more that carry weight.")
     if not np.isfinite(x).all():
         raise InputError("positions holds values that are not finite; leave those frames out and say how many.")
     torsions = structure.values(x, structure.torsions).astype(np.float64)

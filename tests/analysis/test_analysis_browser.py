@@ -76,6 +76,9 @@ def page(alanine, sides, tmp_path_factory) -> Path:
             "Populations, %", ("basin", "MD", "difference"),
             [(p.name, bga.format_value(100 * p.value, 100 * p.error), bga.format_value(-3.14, 0.2)) for p in basins],
             "Errors from the statistical inefficiency.",
+        ), bga.Table(
+            "Rounds of adaptation", [f"a long heading, number {k}" for k in range(8)],
+            [["the last training", *["75.0 (80.0)"] * 6, "the largest log p/q is 12.5, above 6; and 2 more"]],
         )],
         notes=["The moves are exact; the dynamics is not."],
         provenance={"System sha256": "0123456789abcdef" * 4, "seed": "0", "command": "openmm-bg run alanine_dipeptide"},
@@ -180,7 +183,7 @@ def test_links_hold_the_numbers_that_are_drawn(browser, page, sides):
         "Promise.all([...document.querySelectorAll('a.data')].map(a => fetch(a.href).then(r => r.text())))"
     )
     names = browser.run("[...document.querySelectorAll('a.data')].map(a => a.download)")
-    assert len(names) == len(set(names)) == 9 and names[0] == "figure-1-where-it-is.csv"
+    assert len(names) == len(set(names)) == 10 and names[0] == "figure-1-where-it-is.csv"
     tables = {}
     for name, text in zip(names, texts, strict=True):
         header, *rows = csv.reader(io.StringIO(text))
@@ -192,6 +195,7 @@ def test_links_hold_the_numbers_that_are_drawn(browser, page, sides):
         return np.array([[float(cell) for cell in row] for row in rows if all(row)])
 
     phi, psi, energies, weights, _ = sides["generator"]
+    assert {"MD: free energy / kT", "generator: free energy / kT"} < tables["figure-1-where-it-is.csv"].keys()
     rama = numbers("figure-1-where-it-is.csv", "φ / degrees", "ψ / degrees", "generator: free energy / kT")
     counts = np.histogram2d(np.degrees(phi), np.degrees(psi), 60, [[-180, 180]] * 2, weights=weights)[0]
     cells = np.floor((rama[:, :2] + 180) / 6).astype(int)
@@ -285,7 +289,8 @@ def test_paper_and_a_browser_without_scripts_show_the_drawing(browser, page):
         "[document.querySelector('.hint'), document.querySelector('a.data'), document.querySelector('.panels svg')]"
         ".map(element => element.checkVisibility())"
     )
-    browser.open(page, scheme="dark", media="print")
+    browser.open(page, scheme="dark", media="print", width=670)  # A4 without its margins
+    assert browser.run("document.documentElement.scrollWidth") <= 670
     assert browser.run(state) == [False, False, True]
     assert browser.run("getComputedStyle(document.querySelector('.molecules')).backgroundColor") == "rgb(255, 255, 255)"
     browser.call("Emulation.setScriptExecutionDisabled", value=True)

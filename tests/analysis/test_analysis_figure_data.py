@@ -49,19 +49,22 @@ def test_a_band_belongs_to_its_line_and_has_the_gaps_that_it_shows():
 
 def test_outlines_and_meshes_give_their_bins():
     figure = Figure()
-    left, right = figure.subplots(1, 2)
+    left, middle, right = figure.subplots(1, 3)
     left.stairs([1, 2], [0, 1, 3], label="h")
     left.stairs([1, 2], [0, 1, 3], fill=True)  # its tint
     mesh = right.pcolormesh([0, 1, 2], [10, 20, 30], [[1, np.nan], [3, 4]], rasterized=True)
     right.set(title="map", xlabel="p", ylabel="q")
-    figure.colorbar(mesh, ax=right).set_label("height")
+    middle.pcolormesh([0, 1, 2], [10, 20, 30], [[5, 6], [7, np.nan]])
+    middle.set(title="other", xlabel="p", ylabel="q")
+    figure.colorbar(mesh, ax=[middle, right]).set_label("height")  # of both
     assert columns(figure_csv(figure)) == {
-        "x (from)": ["0", "1", "", "", ""],
-        "x (to)": ["1", "3", "", "", ""],
-        "h: y": ["1", "2", "", "", ""],
-        "p": ["", "", "0.5", "0.5", "1.5"],
-        "q": ["", "", "15", "25", "25"],
-        "map: height": ["", "", "1", "3", "4"],
+        "x (from)": ["0", "1", "", "", "", ""],
+        "x (to)": ["1", "3", "", "", "", ""],
+        "h: y": ["1", "2", "", "", "", ""],
+        "p": ["", "", "0.5", "1.5", "0.5", "1.5"],
+        "q": ["", "", "15", "15", "25", "25"],
+        "other: height": ["", "", "5", "6", "7", ""],
+        "map: height": ["", "", "1", "", "3", "4"],
     }
 
 
