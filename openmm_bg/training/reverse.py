@@ -17,6 +17,8 @@ from openmm_bg.training.past import Past, recall, remember, tempered_rows
 _POOL_AGE = 8
 # Log-weight above the mean from which on a sample lies in a hole of q.
 _HOLE = 1.0
+# By which the share of torsions from the data falls over the run.
+_LESS = 0.75
 
 
 @dataclass
@@ -31,9 +33,10 @@ class ReversePath:
     train the stiff coordinates given the torsions, and the torsions' density follows ``variance`` times the
     variance of log w (Richter et al., 2020), which is zero only where every basin has its right weight.
 
-    Torsions are drawn from ``q^(1 - temper)``, so that rare regions are trained. A share of them has one torsion
-    turned anywhere: the stiff coordinates learn what follows there, and where that proves probable (a cis peptide
-    bond that the data never showed) the torsions' density grows.
+    Torsions are drawn from ``q^(1 - temper)``, so that rare regions are trained. A share of them is taken from the
+    data, where there are any: a region that the flow has lost is found again, and its weight comes from the energy, as
+    everywhere. Another share has one torsion turned anywhere: the stiff coordinates learn what follows there, and where
+    that proves probable (a cis peptide bond that the data never showed) the torsions' density grows.
 
     Parameters
     ----------
@@ -48,9 +51,11 @@ class ReversePath:
     temper, explore : float
         Flattening of the torsions drawn, which fades to a third over the run, and the share of samples with a torsion
         turned anywhere, which fades to nothing.
+    familiar : float
+        Share of samples with the torsions of data, which fades to a quarter over the run.
     reach : float
-        Such samples train the stiff coordinates with at least weight ``explored_weight`` while their log-weight
-        is no further than this below the median: beyond, atoms overlap.
+        Samples with a torsion turned anywhere train the stiff coordinates with at least weight ``explored_weight``
+        while their log-weight is no further than this below the median: beyond, atoms overlap.
     memory, recall : int
         Batches whose torsions are kept with what was found there, and how many batches of them take part in each step's
         log-variance. They cost no energy; without them the torsions' density is what limits the effective sample size.
@@ -65,6 +70,7 @@ class ReversePath:
     window: float = 6.0
     temper: float = 0.3
     explore: float = 0.08
+    familiar: float = 0.0
     explored_weight: float = 0.3
     reach: float = 25.0
     memory: int = 64
@@ -167,6 +173,10 @@ class ReversePath:
             turn = explored[:, None] & (places[place] > 0)
             anywhere = math.pi * (2 * torch.rand(n, 1, dtype=t.dtype, **random) - 1)
             t = t.scatter(1, place, torch.where(turn, anywhere, t.gather(1, place)))
+            if self.familiar and step.data is not None:
+                known = torch.rand(n, **random) < self.familiar * (1 - _LESS * step.progress)
+                t = torch.where(known[:, None], flow.chart.split(step.data(n))[0], t)
+                explored = explored & ~known
         return t, explored
 
     def _pool(self, flow: MolecularFlow, step: Step) -> tuple[Tensor, Tensor]:

@@ -158,3 +158,17 @@ def test_of_what_was_turned_anywhere_the_holes_are_kept_and_heard_as_long_as_the
     mean = 4.5 / 5
     torch.testing.assert_close(deviation, past.detach() - mean)
     assert spread.item() == pytest.approx((3 * mean**2 + (4 - mean) ** 2) / 4)
+
+
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 0.4), (1.0, 0.1)])
+def test_torsions_of_the_data_are_among_those_drawn(flow, progress, share):
+    """As many as asked for at the start, a quarter of that at the end, and none of them counts as turned anywhere."""
+    known = torch.cat([torch.zeros(5, dtype=torch.float64), torch.tensor([2.5, -2.5], dtype=torch.float64)])
+    objective, n = ReversePath(explore=0.5, familiar=0.4), 4000
+    step = Step(flow, Turned(flow), lambda rows: known.expand(rows, 7), n, progress, torch.Generator().manual_seed(3))
+    t, explored = objective._draw_torsions(flow, step)
+    of_data = (t == known[5:]).all(1)
+    assert abs(float(of_data.double().mean()) - share) < 4 * math.sqrt(share * (1 - share) / n)
+    assert not explored[of_data].any() and bool(explored[~of_data].any()) == (progress < 1)
+    step = Step(flow, Turned(flow), None, n, progress, torch.Generator().manual_seed(3))
+    assert not (objective._draw_torsions(flow, step)[0] == known[5:]).all(1).any()
