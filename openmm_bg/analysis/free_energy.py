@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from openmm_bg.analysis.formatting import format_value
 from openmm_bg.analysis.statistics import (
@@ -170,6 +170,15 @@ BASINS: tuple[Basin, ...] = (
 Every frame lies in exactly one. The strip beyond φ = 150° counts to φ < 0: the sheet leaks over ±180°, and a visit
 there crosses no barrier.
 """
+
+
+ROTAMERS = ("gauche+", "trans", "gauche-")
+"""The wells of a bond between atoms of four neighbours, each a third of a turn."""
+
+
+def rotamer(angle: ArrayLike) -> NDArray[np.intp]:
+    """Which of the :data:`ROTAMERS` an angle (radians) is in, by its number."""
+    return (np.asarray(angle) % (2 * np.pi) / (2 * np.pi / 3)).astype(np.intp).clip(0, 2)
 
 
 def left_handed(phi: ArrayLike) -> np.ndarray:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from openmm_bg.analysis.causes import ENERGY_NAME, STRAIN_NAME
 from openmm_bg.analysis.ensemble import Ensemble
-from openmm_bg.analysis.free_energy import BASINS
+from openmm_bg.analysis.free_energy import BASINS, ROTAMERS, rotamer
 from openmm_bg.analysis.probes import (
     ENERGY,
     GEOMETRY,
@@ -26,7 +26,6 @@ from openmm_bg.analysis.statistics import Array
 from openmm_bg.analysis.structure import Structure
 
 _CONSTRAINED = {"nm": 2e-5, "degrees": 2e-4}  # spreads in nm and radians below which a coordinate counts as constant
-_ROTAMERS = ("gauche+", "trans", "gauche-")
 
 Groups = list[tuple[str, tuple[str, ...]]]
 
@@ -48,8 +47,8 @@ def questions(structure: Structure, ref: Ensemble, new: Ensemble) -> tuple[list[
         )  # fmt: skip
     for number in structure.rotamers:
         states(
-            structure.torsions[number].name, _ROTAMERS,
-            lambda side, k, i=number: np.floor(side.torsions[:, i] % (2 * np.pi) / (2 * np.pi / 3)).clip(0, 2) == k,
+            structure.torsions[number].name, ROTAMERS,
+            lambda side, k, i=number: rotamer(side.torsions[:, i]) == k,
         )  # fmt: skip
     peptide = [structure.values(side.positions, structure.peptide_bonds) for side in (ref, new)]
     for k, bond in enumerate(structure.peptide_bonds):

@@ -10,12 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from openmm_bg import units
 from openmm_bg.analysis.formatting import format_value
-from openmm_bg.analysis.free_energy import BASINS, population
+from openmm_bg.analysis.free_energy import BASINS, ROTAMERS, population, rotamer
 from openmm_bg.analysis.statistics import normalized_weights
 from openmm_bg.analysis.structure import Structure
 from openmm_bg.errors import InputError
-
-_WELLS = ("gauche+", "trans", "gauche-")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +116,6 @@ def _states(structure: Structure, torsions: NDArray[np.float64]) -> tuple[list[t
         names.append(tuple(b.name if alone else f"{residue} {b.name.split()[0]}" for b in BASINS))
     if not columns:
         for k in structure.rotamers:
-            columns.append((torsions[:, k] % (2 * np.pi) / (2 * np.pi / 3)).astype(np.intp).clip(0, 2))
-            names.append(tuple(f"{structure.torsions[k].name} {s}" for s in _WELLS))
+            columns.append(rotamer(torsions[:, k]))
+            names.append(tuple(f"{structure.torsions[k].name} {s}" for s in ROTAMERS))
     return names, np.stack(columns, axis=1) if columns else np.zeros((len(torsions), 0), dtype=np.intp)
