@@ -9,8 +9,9 @@
     python benchmarks/histogram.py table --output rows.jsonl
 
 Right is a total variation of 0.03 in 30 x 30 bins from a million reweighted draws of a generator with a seed of its own
-(`truth`), whose basins are compared with the reference of replica exchange. `generator` takes a folder of
-`generators.py`: its data and training count, and then draws until the histogram is right. `exchange` takes the
+(`truth`), which prints its basins to be held against those of `reference.py`. `generator` takes a folder of
+`generators.py`: its data and training count, and 400,000 draws beside them up to the one that makes the histogram
+right. `exchange` takes the
 checkpoint of `reference.py`, the project's own replica exchange in one batch. `plain` runs many walkers of MD in one
 batch: a third of them start with phi > 0, and how fast they leave says how seldom one enters. What has not come that
 far when its minutes are over is extrapolated by the square root of time, and is marked so.
@@ -25,7 +26,6 @@ import logging
 import math
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,7 +112,7 @@ def weighted(draws: bg.Samples) -> tuple[np.ndarray, np.ndarray]:
 
 
 def truth(options: argparse.Namespace) -> None:
-    """A weighted histogram, its own noise, and basins beside those of replica exchange."""
+    """A weighted histogram, its own noise, and its basins."""
     source = bg.BoltzmannGenerator.load(options.generator)
     random, angles, log_w = torch.Generator().manual_seed(options.seed), [], []
     for start in range(0, options.samples, 100_000):
@@ -160,7 +160,7 @@ def approach(parts: Iterator[Part], right: np.ndarray) -> dict[str, Any]:
 
 
 def generator(options: argparse.Namespace, facts: dict[str, Any]) -> Iterator[Part]:
-    """Reweighted draws of a generator, until they are enough."""
+    """Reweighted draws of a generator, after what its data and training cost."""
     cost = {}
     for name in ("data.json", "training.json"):
         cost |= json.loads((options.folder / name).read_text())
@@ -191,14 +191,13 @@ def exchange(options: argparse.Namespace, facts: dict[str, Any]) -> Iterator[Par
 
 def openmmtools(options: argparse.Namespace, facts: dict[str, Any]) -> Iterator[Part]:
     """Parallel tempering of openmmtools, with the ladder, the masses and the time step of `reference.py`."""
-    warnings.simplefilter("ignore")
     logging.getLogger("openmmtools").setLevel(logging.ERROR)
     from openmmtools import cache, mcmc, multistate, states
 
     temperatures = geometric_temperatures(300.0, 1300.0, options.temperatures)
     facts |= {"temperatures": temperatures.tolist(), "steps": options.steps}
     system = with_heavy_hydrogens(MOLECULE.system)
-    np.random.seed(options.seed)  # noqa: NPY002 - what openmmtools draws from
+    np.random.seed(options.seed)  # noqa: NPY002 - openmmtools draws its exchanges from this global stream alone
     move = mcmc.LangevinDynamicsMove(
         TIMESTEP * unit.picoseconds, FRICTION / unit.picoseconds, options.steps, reassign_velocities=False
     )

@@ -82,4 +82,4 @@ def test_nothing_gives_nothing():
 
 
 def test_a_table_is_read_by_other_programs():
-    assert table_csv(("a", "b"), [("1,000", "−3.1 ± 0.2")]) == 'a,b\n"1,000",-3.1 ± 0.2\n'  # noqa: RUF001
+    assert table_csv(("a", "b"), [("1,000", "−3.1 ± 0.2")]) == 'a,b\n"1,000",-3.1 ± 0.2\n'  # noqa: RUF001 - a minus sign, as tables print it
